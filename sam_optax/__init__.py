@@ -21,6 +21,8 @@ from sam_optax._ascent import (
 )
 from sam_optax._ascent import usam_ascent as usam_ascent
 from sam_optax._ascent import vasso_ascent as vasso_ascent
+from sam_optax._batch import Batch as Batch
+from sam_optax._batch import Pass as Pass
 from sam_optax._cadence import Cadence as Cadence
 from sam_optax._cadence import at_random as at_random
 from sam_optax._cadence import every_k as every_k
@@ -31,6 +33,10 @@ from sam_optax._carrier import Report as Report
 from sam_optax._carrier import SharpnessAwareGradients as SharpnessAwareGradients
 from sam_optax._core import SharpnessAwareState as SharpnessAwareState
 from sam_optax._core import sharpness_aware as sharpness_aware
+from sam_optax._data import Choice as Choice
+from sam_optax._data import highest_loss as highest_loss
+from sam_optax._data import largest_increase as largest_increase
+from sam_optax._data import sub_batch as sub_batch
 from sam_optax._descent import blend as blend
 from sam_optax._descent import penalize_gap as penalize_gap
 from sam_optax._descent import renormalize as renormalize
@@ -74,6 +80,7 @@ from sam_optax._registry import methods_table as methods_table
 from sam_optax._sparse import drop_and_grow as drop_and_grow
 from sam_optax._sparse import keep_largest_fisher as keep_largest_fisher
 from sam_optax._value_and_grad import sam_value_and_grad as sam_value_and_grad
+from sam_optax._value_and_grad import value_and_ascent_grad as value_and_ascent_grad
 from sam_optax._wsam import decoupled_wsam as decoupled_wsam
 
 __version__ = "0.1.0"

@@ -31,10 +31,14 @@ class SharpnessAwareState(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a grad_fn may return in place of a gradient, to report the loss with it."""
+    """What a grad_fn may return in place of a gradient, to report the losses with it.
+
+    Both on the examples of the gradient: at the point, and at the parameters.
+    """
 
     gradient: Any
     loss: jax.typing.ArrayLike
+    unperturbed_loss: jax.typing.ArrayLike
 
 
 class _Step(NamedTuple):
@@ -49,6 +53,7 @@ class _Measured(NamedTuple):
     """What a report tells of the perturbed point."""
 
     perturbed_loss: jax.Array
+    surrogate_gap: jax.Array
     descent_norm: jax.Array
     cosine: jax.Array
     perturbation_norm: jax.Array
@@ -59,6 +64,7 @@ class _GroupMeasured(NamedTuple):
 
     descent_gradient: Any
     perturbed_loss: jax.typing.ArrayLike
+    surrogate_gap: jax.typing.ArrayLike
     perturbation_norm: jax.Array
 
 
@@ -104,7 +110,8 @@ def sharpness_aware(
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update is
 
-          update(g, state, params, *, grad_fn, per_group=None, ascend=None, **extra)
+          update(g, state, params, *, grad_fn, per_group=None, ascend=None,
+                 recompute=False, **extra)
 
       - grad_fn: parameters -> gradient of the same loss on the same batch.
       - ascend: overrides the cadence for this step. A Python bool specialises the
@@ -114,6 +121,8 @@ def sharpness_aware(
         `path(group_gradient, group_grad_fn, group_index)` returns a tree, and per_group
         the mean of these trees over the groups. g is then the mean over all groups.
         Carried state follows g alone, so it is the same on all devices.
+      - recompute: whether a step that does not ascend descends on grad_fn at w, and not
+        on g, because g is the gradient of other examples.
       - extra: forwarded to ascent and descent; unknown names are ignored.
 
     Raises:
@@ -170,6 +179,7 @@ def sharpness_aware(
         grad_fn: Any = None,
         per_group: Callable[[Callable[..., Any]], Any] | None = None,
         ascend: Any = None,
+        recompute: bool = False,
         value: Any = None,
         carry_state: bool = False,
         carry_report: bool = False,
@@ -216,12 +226,13 @@ def sharpness_aware(
             return _tree.cast_like(d, g), descent_state
 
         def second_half(g, evaluate, perturbation, group=None):
-            descent_gradient, loss = evaluate(perturb(params, perturbation, group))
-            d, descent_state = descend(descent_gradient, g, perturbation, group)
+            there = evaluate(perturb(params, perturbation, group))
+            d, descent_state = descend(there.gradient, g, perturbation, group)
             measured = ()
             if carry_report:
+                gap = there.loss - there.unperturbed_loss
                 radius = _tree.norm(perturbation)
-                measured = _GroupMeasured(descent_gradient, loss, radius)
+                measured = _GroupMeasured(there.gradient, there.loss, gap, radius)
             return _Step(d, descent_state, measured)
 
         def path(group_gradient, group_grad_fn, group=None):
@@ -249,7 +260,8 @@ def sharpness_aware(
             return step, cadence.remember(step.d, g, cadence_state)
 
         def step_without():
-            d = _tree.cast_like(cadence.substitute(g, cadence_state), g)
+            plain = evaluate(params).gradient if recompute else g
+            d = _tree.cast_like(cadence.substitute(plain, cadence_state), g)
             measured = _not_measured(g, value) if carry_report else ()
             return _Step(d, descend_from_equal()[1], measured), cadence_state
 
@@ -284,7 +296,7 @@ def sharpness_aware(
         )
         if not carry_state:
             return d, new_state
-        report = _report(g, step.measured, value, decision) if carry_report else None
+        report = _report(g, step.measured, decision) if carry_report else None
         return SharpnessAwareGradients(d, new_state, report), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -301,6 +313,7 @@ def _measured(g: Any, groups: _GroupMeasured, value: Any) -> _Measured:
     norm = _tree.norm(g)
     return _Measured(
         jnp.asarray(groups.perturbed_loss, value.dtype),
+        jnp.asarray(groups.surrogate_gap, value.dtype),
         jnp.asarray(_tree.norm(groups.descent_gradient), norm.dtype),
         jnp.asarray(_tree.cosine(g, groups.descent_gradient), norm.dtype),
         jnp.asarray(groups.perturbation_norm, norm.dtype),
@@ -310,14 +323,11 @@ def _measured(g: Any, groups: _GroupMeasured, value: Any) -> _Measured:
 def _not_measured(g: Any, value: Any) -> _Measured:
     # Products, so that they vary over the same mesh axes as what was measured would.
     loss, norm = value * jnp.nan, _tree.norm(g) * jnp.nan
-    return _Measured(loss, descent_norm=norm, cosine=norm, perturbation_norm=norm)
+    return _Measured(loss, loss, norm, norm, norm)
 
 
-def _report(
-    g: Any, measured: _Measured, value: Any, decision: bool | jax.Array
-) -> Report:
+def _report(g: Any, measured: _Measured, decision: bool | jax.Array) -> Report:
     return Report(
-        surrogate_gap=measured.perturbed_loss - value,
         ascent_norm=_tree.norm(g),
         ascended=jnp.asarray(decision),
         **measured._asdict(),
@@ -390,7 +400,8 @@ def _checked(grad_fn: Callable, like: Any) -> Callable[[Any], Evaluation]:
     def evaluate(point):
         result = grad_fn(point)
         if not isinstance(result, Evaluation):
-            result = Evaluation(result, loss=np.float32("nan"))
+            unknown = np.float32("nan")
+            result = Evaluation(result, unknown, unknown)
         if _outline(result.gradient) != outline:
             raise ValueError(
                 "grad_fn must return the gradient alone, with the structure and shapes "

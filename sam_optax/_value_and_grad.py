@@ -2,16 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from sam_optax._core import Evaluation, SharpnessAwareState
-
-_OWN_KEYWORDS = ("opt_state", "ascend")
+from sam_optax._batch import Batch, check_argnums, make_batch
+from sam_optax._core import Evaluation
+from sam_optax._data import Choice, DataRule, another_batch, same_batch
+from sam_optax._find_state import find_sam_state
 
 
 def sam_value_and_grad(
@@ -20,6 +19,9 @@ def sam_value_and_grad(
     *,
     has_aux: bool = False,
     report: bool = False,
+    data: DataRule | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Any]]:
     """Like `jax.value_and_grad`, with the sharpness-aware gradient of `tx`.
 
@@ -29,14 +31,23 @@ def sam_value_and_grad(
 
     Args:
       loss_fn: parameters, and any further arguments, -> loss, or (loss, aux). Of a loss
-        with a shape, the mean is taken. It must not have parameters named `opt_state`
-        or `ascend`.
+        with a shape, the mean is taken. It must not have parameters of the names that
+        the returned function takes for itself, listed below.
       tx: the SAM transformation itself, or `optax.inject_hyperparams` of one; not the
         chain that it starts, but the same that starts it. (Of two that differ in a
         number only, this one counts: numbers cannot be told from the state.)
       has_aux: whether loss_fn returns (loss, aux). Default False.
       report: whether the gradients carry a `Report` of the step, at
         `gradients.report`. What is not used is not computed. Default False.
+      data: which examples each of the two gradients sees: `sub_batch`,
+        `largest_increase`, `highest_loss`, or a rule of your own. Default None: both
+        see the whole batch.
+      batch_argnums: the arguments of loss_fn that hold examples along their first axis,
+        numbered as in `jax.value_and_grad` (0 is the parameters). Only read where
+        examples are chosen. Default 1; if another argument then has a first axis of the
+        same length, it must be said.
+      batch_argnames: the same for arguments that are passed by keyword only. Default
+        none.
 
     Returns:
       A function of the arguments of loss_fn that also takes
@@ -44,6 +55,11 @@ def sam_value_and_grad(
       - opt_state (required): the state of the whole optimizer, in which the SAM state
         is found by its class.
       - ascend: overrides the cadence for this step, as in `sharpness_aware`.
+      - ascent_batch: other examples for the gradient from which ε is made, in the place
+        of those of `batch_argnums` (a tuple for several), of any number. A step that
+        does not ascend takes its gradient on the batch itself.
+      - extra_args: a dict of extra arguments for the update of `tx`, such as the
+        `full_gradient` of `sam_full`.
 
       It returns (loss, gradients), or ((loss, aux), gradients). The gradients act as
       the sharpness-aware gradient, and bring the next SAM state with them: give them to
@@ -52,7 +68,8 @@ def sam_value_and_grad(
     Raises:
       ValueError: when building, if loss_fn has a parameter of a name given above; when
         called, if opt_state is missing, or holds no SAM state, or several, or one of
-        another transformation, or if tx is not the SAM transformation itself.
+        another transformation, or if tx is not the SAM transformation itself; if the
+        batch is not where batch_argnums says, or ascent_batch does not match it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -69,40 +86,159 @@ def sam_value_and_grad(
       >>> print(f"{loss:.1f} {w:.1f}")
       1.0 0.7
 
-    Cost: two gradients on a step that ascends, one on a step that does not.
+    Cost: two gradients on a step that ascends, one on a step that does not; the data
+    rules say what they change. With ascent_batch, a forward pass of the batch comes on
+    top if the loss or the auxiliary output is used.
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             "The second argument of sam_value_and_grad must be the SAM transformation "
             f"(an optax.GradientTransformation), got {type(tx).__name__}."
         )
-    _check_parameter_names(loss_fn)
+    own_keywords = ("opt_state", "ascend", "ascent_batch", "extra_args")
+    _check_parameter_names(loss_fn, own_keywords, "sam_value_and_grad")
+    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames)
 
     @_named_after(loss_fn)
-    def value_and_grad_fn(params, /, *args, opt_state=None, ascend=None, **kwargs):
-        def evaluate(point):
-            return _value_and_grad(loss_fn, has_aux, point, args, kwargs)
-
-        sam_state = _find_sam_state(tx, opt_state, params)
-        (loss, aux), g = evaluate(params)
-
-        def grad_fn(point):
-            (perturbed_loss, _), gradient = evaluate(point)
-            return Evaluation(gradient, perturbed_loss)
-
+    def value_and_grad_fn(
+        params,
+        /,
+        *args,
+        opt_state=None,
+        ascend=None,
+        ascent_batch=None,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
+        sam_state = find_sam_state(tx, opt_state, params)
+        value, g, for_update = passes(params, args, kwargs, ascent_batch)
         gradients, _ = optax.with_extra_args_support(tx).update(
             g,
             sam_state,
             params,
-            grad_fn=grad_fn,
+            **_merged(extra_args, for_update),
             ascend=ascend,
-            value=loss,
+            value=value[0] if has_aux else value,
             carry_state=True,
             carry_report=report,
         )
-        return ((loss, aux) if has_aux else loss), gradients
+        return value, gradients
 
     return value_and_grad_fn
+
+
+def value_and_ascent_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    data: DataRule | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] = (),
+) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
+    """What a step passes to `tx.update`, where it calls that itself.
+
+    `sam_value_and_grad` without the optimizer state: for frameworks that forward extra
+    arguments to the update, and for the data rules there.
+
+    Args:
+      loss_fn: as for `sam_value_and_grad`.
+      has_aux: as for `sam_value_and_grad`. Default False.
+      data: as for `sam_value_and_grad`. Default None.
+      batch_argnums: as for `sam_value_and_grad`. Default 1.
+      batch_argnames: as for `sam_value_and_grad`. Default none.
+
+    Returns:
+      A function of the arguments of loss_fn, and of ascent_batch, that returns
+      `(loss, g, extra_args)`, or `((loss, aux), g, extra_args)`: the gradient g at the
+      parameters, and a dict with the `grad_fn` for the perturbed point and whatever
+      else the update needs to know.
+
+    Raises:
+      ValueError: as `sam_value_and_grad`, as far as its arguments are here.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> tx = optax.chain(sam_optax.sam(rho=0.5), optax.sgd(0.1))
+      >>> gradients = sam_optax.value_and_ascent_grad(lambda w: w**2)
+      >>> w = jnp.array(1.0)
+      >>> loss, g, extra_args = gradients(w)
+      >>> updates, _ = tx.update(g, tx.init(w), w, **extra_args)
+      >>> print(f"{optax.apply_updates(w, updates):.1f}")
+      0.7
+
+    Cost: one gradient; the other is taken in the update.
+    """
+    _check_parameter_names(loss_fn, ("ascent_batch",), "value_and_ascent_grad")
+    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames)
+
+    @_named_after(loss_fn)
+    def value_and_ascent_grad_fn(params, /, *args, ascent_batch=None, **kwargs):
+        return passes(params, args, kwargs, ascent_batch)
+
+    return value_and_ascent_grad_fn
+
+
+class _Passes:
+    """The first pass of a step, and what makes the second."""
+
+    def __init__(self, loss_fn, has_aux, data, batch_argnums, batch_argnames):
+        check_argnums(batch_argnums, batch_argnames)
+        if data is not None and not callable(data):
+            raise TypeError(
+                "data must be a data rule, such as sam_optax.sub_batch(0.25), got "
+                f"{data!r}."
+            )
+        self._loss_fn, self._has_aux = loss_fn, has_aux
+        self._has_rule = data is not None
+        self._rule: Any = same_batch if data is None else data
+        self._where = batch_argnums, batch_argnames
+
+    def __call__(self, params, args, kwargs, ascent_batch):
+        """(loss or (loss, aux), g, the further arguments of the update)."""
+        batch = make_batch(self._loss_fn, self._has_aux, args, kwargs, *self._where)
+        choice = self._choose(batch, params, ascent_batch)
+
+        def grad_fn(point):
+            chosen = choice.descent(point)
+            there = chosen.gradient(point)
+            seen = choice.seen
+            here = seen if seen.batch is chosen else chosen.forward(params)
+            return Evaluation(there.gradient, there.loss, here.loss)
+
+        value = (choice.seen.loss, choice.seen.aux)
+        return (
+            value if self._has_aux else value[0],
+            choice.ascent_gradient,
+            {"grad_fn": grad_fn, "recompute": choice.recompute},
+        )
+
+    def _choose(self, batch: Batch, params: Any, ascent_batch: Any) -> Choice:
+        if ascent_batch is None:
+            return self._rule(batch, params)
+        if self._has_rule:
+            raise ValueError(
+                "Pass data= when building or ascent_batch= when calling, not both: "
+                "each says which examples the ascent sees."
+            )
+        is_single = len(batch.examples) == 1
+        return another_batch(
+            batch, params, [ascent_batch] if is_single else list(ascent_batch)
+        )
+
+
+def _merged(
+    extra_args: Mapping[str, Any] | None, for_update: dict[str, Any]
+) -> dict[str, Any]:
+    """The user's extra arguments and our own."""
+    if extra_args is None:
+        return for_update
+    reserved = {*for_update, "ascend", "value", "per_group"} & set(extra_args)
+    if reserved:
+        raise ValueError(
+            f"extra_args has {sorted(reserved)[0]!r}, which sam_value_and_grad passes "
+            "itself."
+        )
+    return {**extra_args, **for_update}
 
 
 def _named_after(loss_fn: Callable) -> Callable[[Callable], Callable]:
@@ -116,111 +252,18 @@ def _named_after(loss_fn: Callable) -> Callable[[Callable], Callable]:
     return rename
 
 
-def _value_and_grad(loss_fn, has_aux, params, args, kwargs):
-    """((loss, aux), gradient), with the mean of a loss that has a shape."""
-
-    def mean_loss(params):
-        result = loss_fn(params, *args, **kwargs)
-        if not has_aux:
-            loss, aux = result, None
-        elif isinstance(result, tuple) and len(result) == 2:
-            loss, aux = result
-        else:
-            raise TypeError(
-                "With has_aux=True, loss_fn must return a pair (loss, aux), got "
-                f"{type(result).__name__}."
-            )
-        if isinstance(loss, tuple):
-            raise TypeError(
-                "loss_fn returned a tuple where a loss was expected; if it returns "
-                "(loss, aux), pass has_aux=True to sam_value_and_grad."
-            )
-        return (jnp.mean(loss) if jnp.ndim(loss) else loss), aux
-
-    return jax.value_and_grad(mean_loss, has_aux=True)(params)
-
-
-def _check_parameter_names(loss_fn: Callable) -> None:
+def _check_parameter_names(
+    loss_fn: Callable, own_keywords: tuple[str, ...], name: str
+) -> None:
     try:
         parameters = inspect.signature(loss_fn).parameters
     except (TypeError, ValueError):  # builtins have no signature, nor names to collide
         return
     # What a partial has bound already can no longer be passed by mistake.
     bound = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
-    taken = [name for name in _OWN_KEYWORDS if name in parameters and name not in bound]
+    taken = [key for key in own_keywords if key in parameters and key not in bound]
     if taken:
         raise ValueError(
-            f"loss_fn has a parameter named {taken[0]!r}, which sam_value_and_grad "
-            "takes for itself; rename it, or wrap loss_fn."
+            f"loss_fn has a parameter named {taken[0]!r}, which {name} takes for "
+            "itself; rename it, or wrap loss_fn."
         )
-
-
-def _find_sam_state(
-    tx: optax.GradientTransformation, opt_state: Any, params: Any
-) -> Any:
-    """The node of opt_state that is the state of tx."""
-    if opt_state is None:
-        raise ValueError(
-            "sam_value_and_grad needs the optimizer state: pass opt_state=, the state "
-            "of the whole chain, for example opt_state=train_state.opt_state."
-        )
-    expected = jax.eval_shape(tx.init, params)
-    is_injected = _is_injected(expected)
-    if not is_injected and not isinstance(expected, SharpnessAwareState):
-        raise ValueError(
-            "The second argument of sam_value_and_grad must be the SAM transformation "
-            "itself, or optax.inject_hyperparams of it, not a chain that contains it: "
-            "the base optimizer would be applied twice. The state of what was passed "
-            f"is a {type(expected).__name__}."
-        )
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda x: _is_injected(x) or _is_sam_state(x)
-    )
-    found = [(path, x) for path, x in nodes if _is_injected(x) or _is_sam_state(x)]
-    if len(found) != 1:
-        listed = ", ".join(
-            "opt_state" + jax.tree_util.keystr(path) for path, _ in found
-        )
-        raise ValueError(
-            "sam_value_and_grad found "
-            + (f"{len(found)} SAM states ({listed})" if found else "no SAM state")
-            + f" in the optimizer state (a {type(opt_state).__name__}), and needs "
-            "exactly one. Build the optimizer as optax.chain(sam, base), with the same "
-            "sam that is passed to sam_value_and_grad, and pass the state of the whole "
-            "chain."
-        )
-    ((path, state),) = found
-    if _is_injected(state) != is_injected:
-        raise ValueError(
-            "Pass the same SAM transformation to sam_value_and_grad that starts the "
-            "chain: one of the two is wrapped in optax.inject_hyperparams, the other "
-            "is not."
-        )
-    if _signature(_inner(state)) != _signature(_inner(expected)):
-        raise ValueError(
-            f"The SAM state at opt_state{jax.tree_util.keystr(path)} was not made by "
-            "the transformation passed to sam_value_and_grad, or for other parameters "
-            "(as inside optax.masked or optax.partition, which belong after SAM; see "
-            f"its mask= argument). Found {_signature(_inner(state))}, expected "
-            f"{_signature(_inner(expected))}."
-        )
-    return state
-
-
-def _is_sam_state(node: Any) -> bool:
-    return isinstance(node, SharpnessAwareState)
-
-
-def _is_injected(node: Any) -> bool:
-    return hasattr(node, "hyperparams") and _is_sam_state(
-        getattr(node, "inner_state", None)
-    )
-
-
-def _inner(state: Any) -> SharpnessAwareState:
-    return state if _is_sam_state(state) else state.inner_state
-
-
-def _signature(state: SharpnessAwareState) -> tuple[Any, list[tuple[int, ...]]]:
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [jnp.shape(leaf) for leaf in leaves]

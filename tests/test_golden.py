@@ -72,7 +72,25 @@ def fsam_adaptive(rho, sigma, lmbda):
     return sam_optax.fasam(rho, 0.0, sigma, lmbda, as_released=True)
 
 
+def esam(rho, beta, gamma):
+    """The case draws its masks beforehand, one per tensor; `gamma` is a data rule."""
+    del gamma
+
+    def keep(g, state, params=None, *, tensor_mask, **extra):
+        kept = dict(zip(NAMES, tensor_mask, strict=True))
+        return jax.tree.map(jnp.multiply, g, kept), state
+
+    return sam_optax.sharpness_aware(
+        optax.chain(
+            optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), keep),
+            sam_optax.sam_ascent(rho),
+            optax.scale(1 / beta),
+        )
+    )
+
+
 MAKE = {
+    "esam": esam,
     "sam": sam_optax.sam,
     "sam_adaptive": lambda rho: sam_optax.asam(rho, eta=0.0),
     "asam": lambda rho, eta: sam_optax.asam(rho, eta, adaptive_mask=IS_WEIGHT),
@@ -129,23 +147,34 @@ def base_optimizer(name, lr, momentum=None, betas=(), eps=None, weight_decay=0.0
     return optax.sgd(lr, momentum=momentum or None)
 
 
-def loss_fn(params, x, y):
+def losses(params, x, y):
+    """One per example; the library takes the mean."""
     logits = jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-    return jnp.mean(losses)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def mean_loss(params, x, y):
+    return jnp.mean(losses(params, x, y))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_reproduces_the_authors_trajectory(case, door):
     data = np.load(GOLDEN / case["file"])
+    loss_fn, options, extra = mean_loss, {}, {}
+    if case["method"] == "esam":
+        gamma = case["hyperparameters"]["gamma"]
+        rule = sam_optax.largest_increase(gamma, as_released=True)
+        loss_fn, options = losses, {"data": rule, "batch_argnums": (1, 2)}
+        extra = {"tensor_mask": data["tensor_mask"].astype(np.float64)}
     with jax.enable_x64(True):
         sam, tx = build(case, data)
         atol = 1e-6 if case["method"] in LARGER_EPSILON else 1e-10
-        step = jax.jit(door(sam, tx, loss_fn))
+        step = jax.jit(door(sam, tx, loss_fn, **options))
         params = {name: jnp.asarray(data[f"init_{name}"]) for name in NAMES}
         state = tx.init(params)
         for t, (x, y) in enumerate(zip(data["X"], data["y"], strict=True)):
-            params, state, loss = step(params, state, x, y)
+            now = {name: values[t] for name, values in extra.items()}
+            params, state, loss = step(params, state, x, y, **now)
             np.testing.assert_allclose(loss, data["loss"][t], rtol=0, atol=atol)
             for name in NAMES:
                 assert params[name].dtype == jnp.float64
