@@ -34,7 +34,7 @@ from sam_optax._carrier import SharpnessAwareGradients as SharpnessAwareGradient
 from sam_optax._core import SharpnessAwareState as SharpnessAwareState
 from sam_optax._core import sharpness_aware as sharpness_aware
 from sam_optax._data import Choice as Choice
-from sam_optax._data import highest_loss as highest_loss
+from sam_optax._data import k_sam as k_sam
 from sam_optax._data import largest_increase as largest_increase
 from sam_optax._data import sub_batch as sub_batch
 from sam_optax._descent import blend as blend
@@ -74,11 +74,17 @@ from sam_optax._noise import ascend_from_noise as ascend_from_noise
 from sam_optax._noise import ascend_repeatedly as ascend_repeatedly
 from sam_optax._noise import mask_at_random as mask_at_random
 from sam_optax._noise import replace_by_noise as replace_by_noise
+from sam_optax._registry import FURTHER_METHODS as FURTHER_METHODS
 from sam_optax._registry import METHODS as METHODS
+from sam_optax._registry import FurtherMethod as FurtherMethod
 from sam_optax._registry import Method as Method
+from sam_optax._registry import further_methods_table as further_methods_table
 from sam_optax._registry import methods_table as methods_table
 from sam_optax._sparse import drop_and_grow as drop_and_grow
 from sam_optax._sparse import keep_largest_fisher as keep_largest_fisher
+from sam_optax._trajectory_loss import TrajectoryLoss as TrajectoryLoss
+from sam_optax._trajectory_loss import mesa as mesa
+from sam_optax._trajectory_loss import saf as saf
 from sam_optax._value_and_grad import sam_value_and_grad as sam_value_and_grad
 from sam_optax._value_and_grad import value_and_ascent_grad as value_and_ascent_grad
 from sam_optax._wsam import decoupled_wsam as decoupled_wsam

@@ -160,7 +160,7 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
     return rule
 
 
-def highest_loss(k: int) -> DataRule:
+def k_sam(k: int) -> DataRule:
     r"""Both gradients on the k examples of highest loss: K-SAM.
 
     .. math::
@@ -188,7 +188,7 @@ def highest_loss(k: int) -> DataRule:
       >>> import jax.numpy as jnp, optax, sam_optax
       >>> sam = sam_optax.sam(rho=0.5)
       >>> loss_and_grads = sam_optax.sam_value_and_grad(
-      ...     lambda w, x: (w - x) ** 2, sam, data=sam_optax.highest_loss(1))
+      ...     lambda w, x: (w - x) ** 2, sam, data=sam_optax.k_sam(1))
       >>> w, x = jnp.array(1.0), jnp.array([0.0, 3.0])
       >>> loss, grads = loss_and_grads(w, x, opt_state=sam.init(w))
       >>> print(loss, grads.gradients)

@@ -1,4 +1,4 @@
-"""One record per named method; tables and command lines are made from these."""
+"""One record per method; tables and command lines are made from these."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import optax
 
-from sam_optax import _methods
+from sam_optax import _data, _methods, _trajectory_loss, _wsam
 
 
 class Method(NamedTuple):
@@ -236,15 +236,101 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
+class FurtherMethod(NamedTuple):
+    """What there is to know about a method that is no transformation.
+
+    Attributes:
+      make: the public function of this name.
+      title: the name in words.
+      equation: the method in one line.
+      use: where what `make` returns goes.
+      gradients: gradient evaluations per step.
+      source: where it was published.
+    """
+
+    make: Callable[..., object]
+    title: str
+    equation: str
+    use: str
+    gradients: str
+    source: str
+
+
+FURTHER_METHODS: Mapping[str, FurtherMethod] = MappingProxyType(
+    {
+        "k_sam": FurtherMethod(
+            _data.k_sam,
+            "K-SAM",
+            "both gradients on the k examples of highest loss",
+            "`data=`",
+            "2k/B + a forward pass",
+            "[Ni 2022](https://arxiv.org/abs/2210.12864)",
+        ),
+        "largest_increase": FurtherMethod(
+            _data.largest_increase,
+            "Efficient SAM, selection",
+            "gᵃ on the γB examples whose loss rose most",
+            "`data=`",
+            "1 + γ + a forward pass",
+            "[Du 2022](https://arxiv.org/abs/2110.03141)",
+        ),
+        "sub_batch": FurtherMethod(
+            _data.sub_batch,
+            "Sub-batch ascent",
+            "ε from a fraction of the batch",
+            "`data=`",
+            "1 + fraction",
+            "",
+        ),
+        "saf": FurtherMethod(
+            _trajectory_loss.saf,
+            "Sharpness-Aware training for Free",
+            "loss + λτ² KL(outputs of some epochs ago, outputs)",
+            "a term of the loss",
+            "1",
+            "[Du 2022](https://arxiv.org/abs/2205.14083)",
+        ),
+        "mesa": FurtherMethod(
+            _trajectory_loss.mesa,
+            "Memory-Efficient Sharpness-Aware training",
+            "loss + λτ² KL(outputs of the EMA model, outputs)",
+            "a term of the loss",
+            "1 + a forward pass",
+            "[Du 2022](https://arxiv.org/abs/2205.14083)",
+        ),
+        "decoupled_wsam": FurtherMethod(
+            _wsam.decoupled_wsam,
+            "Weighted SAM, decoupled",
+            "base step on g, then w − lr γ/(1−γ) (gᵃ − g)",
+            "`sam, tx =`",
+            "2",
+            "[Yue 2023](https://arxiv.org/abs/2305.15817)",
+        ),
+    }
+)
+
+
 def methods_table() -> str:
     """The named methods as a Markdown table."""
-    rows = [
-        "| method | | equation | equal to ρ | gradients per step | source |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows += [
-        f"| `{name}` | {method.title} | {method.equation} | {method.radius} "
-        f"| {method.gradients} | {method.source} |"
-        for name, method in METHODS.items()
-    ]
-    return "\n".join(rows)
+    return _table(
+        ["method", "", "equation", "equal to ρ", "gradients per step", "source"],
+        METHODS,
+    )
+
+
+def further_methods_table() -> str:
+    """What is no transformation, as a Markdown table."""
+    return _table(
+        ["name", "", "equation", "goes into", "gradients per step", "source"],
+        FURTHER_METHODS,
+    )
+
+
+def _table(header: list[str], records: Mapping[str, tuple]) -> str:
+    rows = [[f"`{name}`", *record[1:]] for name, record in records.items()]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(_line(cells) for cells in lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"

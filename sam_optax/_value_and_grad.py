@@ -40,7 +40,7 @@ def sam_value_and_grad(
       report: whether the gradients carry a `Report` of the step, at
         `gradients.report`. What is not used is not computed. Default False.
       data: which examples each of the two gradients sees: `sub_batch`,
-        `largest_increase`, `highest_loss`, or a rule of your own. Default None: both
+        `largest_increase`, `k_sam`, or a rule of your own. Default None: both
         see the whole batch.
       batch_argnums: the arguments of loss_fn that hold examples along their first axis,
         numbered as in `jax.value_and_grad` (0 is the parameters). Only read where

@@ -152,7 +152,7 @@ def test_the_descent_selects_by_the_increase_of_the_loss(
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_k_sam_selects_by_the_loss_for_both_gradients(passes, k):
     w, batch = make_params(), make_batch()
-    rule = sam_optax.highest_loss(k)
+    rule = sam_optax.k_sam(k)
     step = passes(sam(), losses_and_size, has_aux=True, data=rule, **BOTH)
     (loss, seen), d, _ = jax.jit(step)(w, sam().init(w), *batch)
     some = pick(batch, np.argsort(-np.asarray(losses(w, *batch)))[:k])
@@ -245,7 +245,7 @@ def keyword_losses(w, *, x, y, shift=0.0):
 )
 def test_the_batch_is_where_it_is_said_to_be(passes, loss_fn, options, as_keywords):
     w, (x, y) = make_params(), make_batch()
-    data = sam_optax.highest_loss(4)
+    data = sam_optax.k_sam(4)
     step = jax.jit(passes(sam(), loss_fn, data=data, **options))
     call = ((), {"x": x, "y": y}) if as_keywords else ((x, y), {})
     _, d, _ = step(w, sam().init(w), *call[0], **call[1])
@@ -262,7 +262,7 @@ def test_a_batch_in_one_argument_is_found_beside_keys_and_strings(passes):
 
     w, (x, y) = make_params(), make_batch()
     key = jax.random.key(0)
-    step = passes(sam(), loss_fn, data=sam_optax.highest_loss(4))
+    step = passes(sam(), loss_fn, data=sam_optax.k_sam(4))
     run = functools.partial(step, w, sam().init(w))
     _, d, _ = jax.jit(lambda b, k: run(b, k, "train"))({"x": x, "y": y}, key)
     kept = x * jax.random.bernoulli(key, 0.5, (4,))
@@ -287,7 +287,7 @@ def flops(function, *args):
     [
         (None, 2),
         (sam_optax.sub_batch(0.25), 1.25),
-        (sam_optax.highest_loss(8), 2 * 8 / 32 + 1 / 2.5),
+        (sam_optax.k_sam(8), 2 * 8 / 32 + 1 / 2.5),
         (sam_optax.largest_increase(0.5), 1 + 0.5 + 1 / 2.5),
     ],
 )
@@ -304,8 +304,8 @@ def test_the_price_of_a_rule(data, gradients):
 
 @pytest.mark.parametrize(
     "data",
-    [sam_optax.sub_batch(0.25), sam_optax.highest_loss(4)],
-    ids=["sub_batch", "highest_loss"],
+    [sam_optax.sub_batch(0.25), sam_optax.k_sam(4)],
+    ids=["sub_batch", "k_sam"],
 )
 def test_the_reported_gap_is_that_of_the_examples_of_the_descent(data):
     w, batch = make_params(), make_batch()
@@ -331,7 +331,7 @@ def run(loss_fn=losses, args=None, call=None, **options):
     extra["grad_fn"](w)
 
 
-HIGHEST = BOTH | {"data": sam_optax.highest_loss(3)}
+HIGHEST = BOTH | {"data": sam_optax.k_sam(3)}
 X, Y = make_batch()
 
 
@@ -339,7 +339,7 @@ X, Y = make_batch()
     ("options", "message"),
     [
         (
-            {"data": sam_optax.highest_loss(13)} | BOTH,
+            {"data": sam_optax.k_sam(13)} | BOTH,
             "at most the size .*, 12, got 13",
         ),
         ({"data": sam_optax.sub_batch(0.05)} | BOTH, "selects none of the 12 examples"),
@@ -373,10 +373,10 @@ X, Y = make_batch()
             "same dtypes",
         ),
         (HIGHEST | {"call": {"ascent_batch": (X, Y)}}, "not both"),
-        ({"data": sam_optax.highest_loss(3)}, r"Argument 2 .*batch_argnums=\(1, 2\)"),
+        ({"data": sam_optax.k_sam(3)}, r"Argument 2 .*batch_argnums=\(1, 2\)"),
         (HIGHEST | {"batch_argnums": (1, 3)}, "Argument 3 of loss_fn should hold"),
         (
-            {"data": sam_optax.highest_loss(3), "batch_argnames": "z"},
+            {"data": sam_optax.k_sam(3), "batch_argnames": "z"},
             "'z', which was not passed by keyword",
         ),
         (HIGHEST | {"args": (X, Y[:5])}, r"of one length.*\(12, 4\), \(5,\)"),
@@ -398,8 +398,8 @@ def test_what_does_not_fit_says_why(options, message):
         (lambda: sam_optax.sub_batch(1.5), "fraction must be <= 1"),
         (lambda: sam_optax.largest_increase(-0.5), "gamma must be > 0"),
         (lambda: sam_optax.largest_increase(2.0), "gamma must be <= 1"),
-        (lambda: sam_optax.highest_loss(0), "k must be an integer >= 1"),
-        (lambda: sam_optax.highest_loss(0.5), "k must be an integer >= 1"),
+        (lambda: sam_optax.k_sam(0), "k must be an integer >= 1"),
+        (lambda: sam_optax.k_sam(0.5), "k must be an integer >= 1"),
     ],
 )
 def test_a_rule_that_cannot_be_raises_when_building(build, message):
