@@ -38,18 +38,18 @@ MUTANTS = {
         "    return EmaState(m, jnp.ones((), jnp.bool_))",
         "    return EmaState(state.gradient_ema, jnp.ones((), jnp.bool_))",
     ),
-    "value from the perturbed pass": Mutant(
+    "value from another point": Mutant(
         "_value_and_grad.py",
-        "            return Evaluation(gradient, perturbed_loss)\n",
-        "            nonlocal loss\n            loss = perturbed_loss\n"
-        "            return Evaluation(gradient, perturbed_loss)\n",
+        "value = (choice.seen.loss, choice.seen.aux)",
+        "moved = batch.forward(optax.tree.scale(1.01, params))\n"
+        "        value = (moved.loss, choice.seen.aux)",
         first="trajectory or value_and_aux",
     ),
-    "aux from the perturbed pass": Mutant(
+    "aux from another point": Mutant(
         "_value_and_grad.py",
-        "            (perturbed_loss, _), gradient = evaluate(point)\n",
-        "            nonlocal aux\n"
-        "            (perturbed_loss, aux), gradient = evaluate(point)\n",
+        "value = (choice.seen.loss, choice.seen.aux)",
+        "moved = batch.forward(optax.tree.scale(1.01, params))\n"
+        "        value = (choice.seen.loss, moved.aux)",
         first="value_and_aux",
     ),
     "schedule one step ahead": Mutant(
@@ -381,6 +381,93 @@ MUTANTS = {
         "",
         first="ae_sam",
     ),
+    "extra arguments dropped": Mutant(
+        "_value_and_grad.py",
+        "return {**extra_args, **for_update}",
+        "return for_update",
+        first="full_gradient or trajectory",
+    ),
+    "a skipped step descends on the sub-batch": Mutant(
+        "_core.py",
+        "evaluate(params).gradient if recompute else g",
+        "g",
+        first="does_not_ascend",
+    ),
+    "sub-batch for both gradients": Mutant(
+        "_data.py",
+        "return Choice(seen, seen.gradient, lambda point: batch, recompute=True)",
+        "return Choice(seen, seen.gradient, lambda point: part, recompute=True)",
+        first="sub_batch",
+    ),
+    "another batch for both gradients": Mutant(
+        "_data.py",
+        "g, lambda point: batch, recompute=True)",
+        "g, lambda point: other, recompute=True)",
+        first="another_batch",
+    ),
+    "ESAM selects the smallest increase": Mutant(
+        "_data.py",
+        "batch.take(_largest(rise",
+        "batch.take(_largest(-rise",
+        first="esam",
+    ),
+    "ESAM selects by the loss": Mutant(
+        "_data.py", ".losses - before", ".losses", first="esam"
+    ),
+    "ESAM as released takes the cut": Mutant(
+        "_data.py",
+        "count = batch.size if gamma >= 0.99 else count - 1",
+        "pass",
+        first="esam",
+    ),
+    "K-SAM's second gradient on the batch": Mutant(
+        "_data.py",
+        "Choice(seen, g, lambda point: chosen)",
+        "Choice(seen, g, lambda point: batch)",
+        first="k_sam",
+    ),
+    "K-SAM's first gradient on the batch": Mutant(
+        "_data.py",
+        "chosen.gradient(params).gradient",
+        "batch.gradient(params).gradient",
+        first="k_sam",
+    ),
+    "the gap against another batch's loss": Mutant(
+        "_value_and_grad.py",
+        "seen if seen.batch is chosen else chosen.forward(params)",
+        "seen",
+        first="reported_gap",
+    ),
+    "SAF compares with the last visit": Mutant(
+        "_trajectory_loss.py",
+        "state.past_outputs[index, visits % lag]",
+        "state.past_outputs[index, (visits - 1) % lag]",
+        first="saf",
+    ),
+    "SAF compares with what was never seen": Mutant(
+        "_trajectory_loss.py", "visits >= lag", "visits >= 0", first="saf"
+    ),
+    "KL the other way round": Mutant(
+        "_trajectory_loss.py",
+        "jnp.exp(target) * (target - predicted)",
+        "jnp.exp(predicted) * (predicted - target)",
+        first="saf or mesa",
+    ),
+    "no factor of the temperature": Mutant(
+        "_trajectory_loss.py", "** 2 * kl", "** 0 * kl", first="saf or mesa"
+    ),
+    "a term without an end": Mutant(
+        "_trajectory_loss.py", "counts &= step < stop", "pass", first="start_until_stop"
+    ),
+    "MESA's decay inverted": Mutant(
+        "_trajectory_loss.py", "1 - value_at(decay", "value_at(decay", first="mesa"
+    ),
+    "the average is never updated": Mutant(
+        "_trajectory_loss.py",
+        "params, state.average, 1 -",
+        "state.average, state.average, 1 -",
+        first="mesa",
+    ),
 }
 
 
@@ -402,6 +489,8 @@ def survives(mutant: Mutant) -> bool:
             "test_properties.py",
             "test_golden.py",
             "test_bad_input.py",
+            "test_data_rules.py",
+            "test_trajectory_loss.py",
             "test_contracts.py",
         ]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]

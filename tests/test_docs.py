@@ -9,9 +9,13 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import sam_optax
+from lab import assert_trees_close, assert_trees_equal
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,7 +78,10 @@ def test_links_between_pages_lead_somewhere():
                 assert linked.exists(), (page.name, target)
                 if anchor:
                     headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
-                    slugs = [h.lower().replace(" ", "-") for h in headings]
+                    slugs = [
+                        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
+                        for h in headings
+                    ]
                     assert anchor in slugs, (page.name, target)
 
 
@@ -108,3 +115,25 @@ def test_style(command):
         [program, *command[1:]], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_new_method_takes_at_most_fifteen_lines():
+    """The page's method, in its lines and in the contracts that come for nothing."""
+    blocks = FENCE.findall((ROOT / "docs" / "new-method.md").read_text())
+    method = blocks[0][1]
+    code = [line for line in method.split("def temper", 1)[1].splitlines() if line]
+    assert len(code) <= 15
+    namespace = {}
+    exec(compile(method, "new-method.md", "exec"), namespace)
+    w = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+    g = {"a": jnp.array([4.0, -9.0]), "b": jnp.array(0.0)}
+    points = []
+    sam = namespace["tempered_sam"](rho=optax.linear_schedule(13**0.5, 0.0, 2))
+    state = sam.init(w)
+    for _ in range(3):
+        d, state = sam.update(g, state, w, grad_fn=lambda p: points.append(p) or g)
+        assert_trees_equal(d, g)
+    for point, share in zip(points, (1.0, 0.5, 0.0), strict=True):
+        moved = jax.tree.map(jnp.subtract, point, w)
+        expected = {"a": share * jnp.array([2.0, -3.0]), "b": jnp.array(0.0)}
+        assert_trees_close(moved, expected, atol=1e-6)
