@@ -34,6 +34,7 @@ from sam_optax._carrier import SharpnessAwareGradients as SharpnessAwareGradient
 from sam_optax._core import SharpnessAwareState as SharpnessAwareState
 from sam_optax._core import sharpness_aware as sharpness_aware
 from sam_optax._data import Choice as Choice
+from sam_optax._data import DataRule as DataRule
 from sam_optax._data import k_sam as k_sam
 from sam_optax._data import largest_increase as largest_increase
 from sam_optax._data import sub_batch as sub_batch

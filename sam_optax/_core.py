@@ -223,7 +223,7 @@ def sharpness_aware(
                 group=group,
                 **extra_args,
             )
-            return _tree.cast_like(d, g), descent_state
+            return d, descent_state
 
         def second_half(g, evaluate, perturbation, group=None):
             there = evaluate(perturb(params, perturbation, group))
@@ -240,21 +240,30 @@ def sharpness_aware(
             perturbation, _ = ascend_from(group_gradient, evaluate, group)
             return second_half(group_gradient, evaluate, perturbation, group)
 
-        # The ascent runs on every step, so that its averages and schedules do not lag.
-        perturbation, ascent_state = ascend_from(g, evaluate)
+        def path_with_gradient(group_gradient, group_grad_fn, group=None):
+            return path(group_gradient, group_grad_fn, group), group_gradient
+
         decision, cadence_state = cadence.decide(g, state.cadence_state)
         decision = _decision(decision if ascend is None else ascend)
+        grouped = None
+        if per_group is not None and decision is True:
+            # The path begins with the gradient of each group. Their mean is g, and who
+            # takes them one after another need not go through them twice.
+            grouped, g = per_group(path_with_gradient)
+
+        # The ascent runs on every step, so that its averages and schedules do not lag.
+        perturbation, ascent_state = ascend_from(g, evaluate)
 
         def step_with_second_gradient():
             if per_group is None:
                 step = second_half(g, evaluate, perturbation)
             else:
-                step = per_group(path)
+                step = per_group(path) if grouped is None else grouped
+                own_state = descend_from_equal()[1]
                 step = step._replace(
-                    descent_state=_floats_of(
-                        step.descent_state, descend_from_equal()[1]
-                    )
+                    descent_state=_floats_of(step.descent_state, own_state)
                 )
+            step = step._replace(d=_tree.cast_like(step.d, g))
             if carry_report:
                 step = step._replace(measured=_measured(g, step.measured, value))
             return step, cadence.remember(step.d, g, cadence_state)

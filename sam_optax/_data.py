@@ -40,12 +40,17 @@ def same_batch(batch: Batch, params: Any) -> Choice:
     return Choice(seen, seen.gradient, lambda point: batch)
 
 
-def another_batch(batch: Batch, params: Any, examples: Any) -> Choice:
+def another_batch(examples: Any) -> DataRule:
     """ε from the given examples, everything else from the batch."""
-    _check_match(batch.examples, examples)
-    other = batch.replace(examples)
-    g = other.gradient(params).gradient
-    return Choice(batch.forward(params), g, lambda point: batch, recompute=True)
+
+    def rule(batch, params):
+        is_single = len(batch.examples) == 1
+        others = [examples] if is_single else list(examples)
+        _check_match(batch.examples, others)
+        g = batch.replace(others).gradient(params).gradient
+        return Choice(batch.forward(params), g, lambda point: batch, recompute=True)
+
+    return rule
 
 
 def sub_batch(fraction: float) -> DataRule:

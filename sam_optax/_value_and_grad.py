@@ -7,10 +7,10 @@ from typing import Any
 
 import optax
 
-from sam_optax._batch import Batch, check_argnums, make_batch
-from sam_optax._core import Evaluation
-from sam_optax._data import Choice, DataRule, another_batch, same_batch
+from sam_optax._batch import check_argnums, make_batch
+from sam_optax._data import DataRule, another_batch, same_batch
 from sam_optax._find_state import find_sam_state
+from sam_optax._groups import make_grouping
 
 
 def sam_value_and_grad(
@@ -22,6 +22,11 @@ def sam_value_and_grad(
     data: DataRule | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] = (),
+    m: int | None = None,
+    map_groups: str | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    sync_perturbation: bool | str | Sequence[str] = True,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """Like `jax.value_and_grad`, with the sharpness-aware gradient of `tx`.
 
@@ -48,6 +53,25 @@ def sam_value_and_grad(
         same length, it must be said.
       batch_argnames: the same for arguments that are passed by keyword only. Default
         none.
+      m: one perturbation for each m examples of the batch, in their order, instead of
+        one for all of them: m-sharpness. It must divide the batch. d is the mean over
+        the groups, and the auxiliary output gains a leading axis of groups. Default
+        None: one perturbation.
+      map_groups: how the groups of m run: `"vmap"` together, `"unroll"` in a program
+        that contains each, `"scan"` one after another, which keeps the memory of one
+        group, and costs a forward pass. Default None: `"unroll"` up to 8 groups where
+        there is one device, else `"vmap"`.
+      axis_name: the axis, or axes, of a `pmap` or `shard_map` over which the batch is
+        spread. Gradients and the loss are averaged over it; do not do so again. The
+        auxiliary output is that of the device. Default None: under `jit` with sharded
+        arrays, and on one device, there is none to name.
+      sync_perturbation: whether all devices of the axis share one perturbation, that of
+        the global batch (True, default), or each has its own (False), that of its
+        examples: the setting of the published results. With several axes, the names of
+        those along which it is shared.
+      axis_index_groups: lists of indices along the one axis, of equal length: the
+        devices of each list share a perturbation. Not under `shard_map` with check_vma,
+        where JAX has none; a mesh of two axes does the same. Default None.
 
     Returns:
       A function of the arguments of loss_fn that also takes
@@ -69,7 +93,8 @@ def sam_value_and_grad(
       ValueError: when building, if loss_fn has a parameter of a name given above; when
         called, if opt_state is missing, or holds no SAM state, or several, or one of
         another transformation, or if tx is not the SAM transformation itself; if the
-        batch is not where batch_argnums says, or ascent_batch does not match it.
+        batch is not where batch_argnums says, ascent_batch does not match it, m does
+        not divide it, or options contradict each other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -97,7 +122,10 @@ def sam_value_and_grad(
         )
     own_keywords = ("opt_state", "ascend", "ascent_batch", "extra_args")
     _check_parameter_names(loss_fn, own_keywords, "sam_value_and_grad")
-    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames)
+    grouping = make_grouping(
+        m, map_groups, axis_name, sync_perturbation, axis_index_groups
+    )
+    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames, grouping)
 
     @_named_after(loss_fn)
     def value_and_grad_fn(
@@ -134,6 +162,11 @@ def value_and_ascent_grad(
     data: DataRule | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] = (),
+    m: int | None = None,
+    map_groups: str | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    sync_perturbation: bool | str | Sequence[str] = True,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     """What a step passes to `tx.update`, where it calls that itself.
 
@@ -146,6 +179,11 @@ def value_and_ascent_grad(
       data: as for `sam_value_and_grad`. Default None.
       batch_argnums: as for `sam_value_and_grad`. Default 1.
       batch_argnames: as for `sam_value_and_grad`. Default none.
+      m: as for `sam_value_and_grad`. Default None.
+      map_groups: as for `sam_value_and_grad`. Default None.
+      axis_name: as for `sam_value_and_grad`. Default None.
+      sync_perturbation: as for `sam_value_and_grad`. Default True.
+      axis_index_groups: as for `sam_value_and_grad`. Default None.
 
     Returns:
       A function of the arguments of loss_fn, and of ascent_batch, that returns
@@ -169,7 +207,10 @@ def value_and_ascent_grad(
     Cost: one gradient; the other is taken in the update.
     """
     _check_parameter_names(loss_fn, ("ascent_batch",), "value_and_ascent_grad")
-    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames)
+    grouping = make_grouping(
+        m, map_groups, axis_name, sync_perturbation, axis_index_groups
+    )
+    passes = _Passes(loss_fn, has_aux, data, batch_argnums, batch_argnames, grouping)
 
     @_named_after(loss_fn)
     def value_and_ascent_grad_fn(params, /, *args, ascent_batch=None, **kwargs):
@@ -181,7 +222,7 @@ def value_and_ascent_grad(
 class _Passes:
     """The first pass of a step, and what makes the second."""
 
-    def __init__(self, loss_fn, has_aux, data, batch_argnums, batch_argnames):
+    def __init__(self, loss_fn, has_aux, data, batch_argnums, batch_argnames, grouping):
         check_argnums(batch_argnums, batch_argnames)
         if data is not None and not callable(data):
             raise TypeError(
@@ -189,41 +230,29 @@ class _Passes:
                 f"{data!r}."
             )
         self._loss_fn, self._has_aux = loss_fn, has_aux
-        self._has_rule = data is not None
-        self._rule: Any = same_batch if data is None else data
+        self._rule = data
         self._where = batch_argnums, batch_argnames
+        self._grouping = grouping
 
     def __call__(self, params, args, kwargs, ascent_batch):
         """(loss or (loss, aux), g, the further arguments of the update)."""
         batch = make_batch(self._loss_fn, self._has_aux, args, kwargs, *self._where)
-        choice = self._choose(batch, params, ascent_batch)
+        look = self._grouping.look(batch, params, self._rule_for(ascent_batch))
+        for_update = {"grad_fn": look.evaluate, "recompute": look.recompute}
+        if look.per_group is not None:
+            for_update["per_group"] = look.per_group
+        value = (look.loss, look.aux) if self._has_aux else look.loss
+        return value, look.gradient, for_update
 
-        def grad_fn(point):
-            chosen = choice.descent(point)
-            there = chosen.gradient(point)
-            seen = choice.seen
-            here = seen if seen.batch is chosen else chosen.forward(params)
-            return Evaluation(there.gradient, there.loss, here.loss)
-
-        value = (choice.seen.loss, choice.seen.aux)
-        return (
-            value if self._has_aux else value[0],
-            choice.ascent_gradient,
-            {"grad_fn": grad_fn, "recompute": choice.recompute},
-        )
-
-    def _choose(self, batch: Batch, params: Any, ascent_batch: Any) -> Choice:
+    def _rule_for(self, ascent_batch: Any) -> Any:
         if ascent_batch is None:
-            return self._rule(batch, params)
-        if self._has_rule:
+            return self._rule or same_batch
+        if self._rule is not None or self._grouping.m is not None:
             raise ValueError(
-                "Pass data= when building or ascent_batch= when calling, not both: "
-                "each says which examples the ascent sees."
+                "ascent_batch= says which examples the ascent sees, and so does data= "
+                "or m=: pass one of them."
             )
-        is_single = len(batch.examples) == 1
-        return another_batch(
-            batch, params, [ascent_batch] if is_single else list(ascent_batch)
-        )
+        return another_batch(ascent_batch)
 
 
 def _merged(

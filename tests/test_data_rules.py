@@ -372,7 +372,7 @@ X, Y = make_batch()
             BOTH | {"call": {"ascent_batch": (X, Y.astype(jnp.int32))}},
             "same dtypes",
         ),
-        (HIGHEST | {"call": {"ascent_batch": (X, Y)}}, "not both"),
+        (HIGHEST | {"call": {"ascent_batch": (X, Y)}}, "pass one of them"),
         ({"data": sam_optax.k_sam(3)}, r"Argument 2 .*batch_argnums=\(1, 2\)"),
         (HIGHEST | {"batch_argnums": (1, 3)}, "Argument 3 of loss_fn should hold"),
         (
