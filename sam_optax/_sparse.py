@@ -1,5 +1,6 @@
 """Parts of the ascent axis that perturb a carried fraction of the entries (SSAM)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,28 +26,64 @@ class SparseState(NamedTuple):
     perturbed: Any  # like the parameters, dtype=jnp.bool_
 
 
-def _ranks(scores: jax.Array) -> jax.Array:
-    """0 for the largest score, 1 for the next, and so on."""
-    return jnp.argsort(jnp.argsort(-scores))
+def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
+    """A mask that is True for exactly `count` entries, those of the largest scores.
 
-
-def _flatten(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-    """One vector of all entries, and the way back."""
-    leaves, structure = jax.tree.flatten(tree)
+    Of equal scores, the earlier ones are kept. No entry leaves its device and nothing
+    is sorted: the threshold is found by counting, once per bit. Scores must not be
+    negative; `among` is a mask of the entries to choose from.
+    """
+    leaves, structure = jax.tree.flatten(scores)
     if not leaves:  # also what optax.tree.map_params puts in place of the parameters
-        return jnp.zeros(0), lambda flat: tree
-    ends = [0]
+        return scores
+    dtype = _tree.widest(*[x.dtype for x in leaves])
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    # The bits of non-negative floats are ordered as they are. 0 is who is not eligible.
+    ranks = [
+        jax.lax.bitcast_convert_type(x.astype(dtype), unsigned) + 1 for x in leaves
+    ]
+    if among is not None:
+        eligible = jax.tree.leaves(among)
+        ranks = [jnp.where(e, r, 0) for e, r in zip(eligible, ranks, strict=True)]
+
+    def number(conditions):
+        counts = [jnp.sum(c, dtype=jnp.uint32) for c in conditions]
+        return functools.reduce(jnp.add, counts)
+
+    def is_low_enough(threshold):
+        return number([r >= threshold for r in ranks]) >= count
+
+    zero = 0 * number([r > 0 for r in ranks])  # on the mesh axes that the scores are on
+    threshold = _greatest(is_low_enough, zero.astype(unsigned))
+    ties = [r == threshold for r in ranks]
+    room = jnp.asarray(count, jnp.uint32) - number([r > threshold for r in ranks])
+    positions, start = [], 0
     for leaf in leaves:
-        ends.append(ends[-1] + leaf.size)
+        own = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
+        positions.append(own + jnp.uint32(start))
+        start += leaf.size
 
-    def restore(flat):
-        parts = [
-            flat[start:end].reshape(leaf.shape)
-            for leaf, start, end in zip(leaves, ends[:-1], ends[1:], strict=True)
-        ]
-        return jax.tree.unflatten(structure, parts)
+    def before(position):
+        pairs = zip(ties, positions, strict=True)
+        return [t & (p < position) for t, p in pairs]
 
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), restore
+    end = _greatest(lambda position: number(before(position)) <= room, zero)
+    kept = [
+        (r > threshold) | first for r, first in zip(ranks, before(end), strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _greatest(is_true: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
+    """The greatest unsigned integer for which a predicate holds that holds up to it."""
+    bits = 8 * zero.dtype.itemsize
+
+    def set_bit(i, found):
+        bit = jnp.ones((), zero.dtype) << (bits - 1 - i).astype(zero.dtype)
+        candidate = found | bit
+        return jnp.where(is_true(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, bits, set_bit, zero)
 
 
 def _masked_by(
@@ -54,7 +91,7 @@ def _masked_by(
 ) -> optax.GradientTransformationExtraArgs:
     """Masks the updates by a carried mask, which `refresh` renews now and then.
 
-    refresh: (key, step, mask, |g|, number to keep) -> mask, all of it one vector.
+    refresh: (key, step, mask, |g|, number to keep) -> mask.
     """
     check_number("sparsity", sparsity, at_least=0, below=1)
     check_positive_integer("refresh_every", every)
@@ -64,10 +101,8 @@ def _masked_by(
         return max(round((1 - sparsity) * size), 1)
 
     def init_fn(params):
-        scores, restore = _flatten(
-            _tree.uniform_like(keys.next(keys.start())[0], params)
-        )
-        mask = restore(_ranks(scores) < kept(scores.size))
+        scores = _tree.uniform_like(keys.next(keys.start())[0], params)
+        mask = _keep_largest(scores, kept(_tree.size(params)))
         return SparseState(jnp.zeros((), jnp.int32), keys.start(), mask)
 
     def update_fn(updates, state, params=None, *, ascent_gradient=None, **extra_args):
@@ -77,9 +112,7 @@ def _masked_by(
         g = updates if ascent_gradient is None else ascent_gradient
 
         def renewed():
-            magnitudes, _ = _flatten(_tree.magnitude(g))
-            flat, restore = _flatten(mask)
-            return restore(refresh(now, step, flat, magnitudes, kept(flat.size)))
+            return refresh(now, step, mask, _tree.magnitude(g), kept(_tree.size(g)))
 
         mask = jax.lax.cond(step % every == 0, renewed, lambda: mask)
         updates = jax.tree.map(
@@ -112,7 +145,7 @@ def keep_largest_fisher(
 
     def refresh(key, step, mask, magnitudes, kept):
         del key, step, mask
-        return _ranks(magnitudes) < kept
+        return _keep_largest(magnitudes, kept)
 
     return _masked_by(refresh, sparsity, refresh_every, key=0)
 
@@ -147,12 +180,12 @@ def drop_and_grow(
     check_number("drop", drop, at_least=0, at_most=1)
 
     def refresh(key, step, mask, magnitudes, kept):
-        idle = mask.size - kept
         exchanged = jnp.round(jnp.asarray(value_at(drop, step)) * kept)
-        exchanged = jnp.minimum(exchanged, idle).astype(jnp.int32)
-        stays = _ranks(jnp.where(mask, magnitudes, -1)) < kept - exchanged
-        chance = jax.random.uniform(key, mask.shape)
-        enters = _ranks(jnp.where(mask, -1, chance)) < exchanged
-        return stays | enters
+        exchanged = jnp.minimum(exchanged, _tree.size(mask) - kept).astype(jnp.int32)
+        stays = _keep_largest(magnitudes, kept - exchanged, among=mask)
+        outside = jax.tree.map(jnp.logical_not, mask)
+        chance = _tree.uniform_like(key, magnitudes)
+        enters = _keep_largest(chance, exchanged, among=outside)
+        return jax.tree.map(jnp.logical_or, stays, enters)
 
     return _masked_by(refresh, sparsity, refresh_every, key)

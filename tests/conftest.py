@@ -30,11 +30,14 @@ def row(request):
     return TABLE[request.param]
 
 
+# Door 1 ends in the update that door 2 is, so one method of each kind is enough to see
+# that the contracts hold behind both; that the doors agree is a test over all rows.
+BOTH_DOORS = {"sam", "asam", "fsam", "gsam", "look_sam", "esam"}
 BENCHES = [
     (name, door)
-    for name, row in TABLE.items()
+    for name in TABLE
     for door in DOORS
-    if not (row.is_variant and door == "door2")
+    if door == "door1" or name in BOTH_DOORS
 ]
 
 

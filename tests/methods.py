@@ -76,8 +76,6 @@ class Row(NamedTuple):
       draws: whether it draws random numbers.
       descends_on_ga: whether d = gᵃ on a step that ascends.
       ascends_always: whether every step takes the second gradient.
-      is_variant: whether another row has the same method, with other options. Such a
-        row goes through one door only; that the two agree is a test over all rows.
     """
 
     make: Callable[..., Any]
@@ -93,7 +91,6 @@ class Row(NamedTuple):
     draws: bool = False
     descends_on_ga: bool = True
     ascends_always: bool = True
-    is_variant: bool = False
 
     def __call__(self, **overrides):
         return self.make(**{"rho": self.rho, **self.kwargs, **overrides})
@@ -122,14 +119,9 @@ TABLE = {
         RHO,
         ("p",),
         rho=0.02,
-        is_variant=True,
     ),
-    "sam_p_3": Row(
-        sam_optax.sam, {"p": 3}, plain_norm(3), RHO, ("p",), is_variant=True
-    ),
-    "sam_p_1": Row(
-        sam_optax.sam, {"p": 1}, plain_norm(1), RHO, ("p",), is_variant=True
-    ),
+    "sam_p_3": Row(sam_optax.sam, {"p": 3}, plain_norm(3), RHO, ("p",)),
+    "sam_p_1": Row(sam_optax.sam, {"p": 1}, plain_norm(1), RHO, ("p",)),
     "asam": Row(
         sam_optax.asam,
         {},
@@ -143,7 +135,6 @@ TABLE = {
         adaptive_norm(0.01, is_matrix),
         RHO | ETA,
         ("adaptive_mask",),
-        is_variant=True,
     ),
     "fsam": Row(
         sam_optax.fsam,
@@ -159,7 +150,6 @@ TABLE = {
         plain_norm(),
         RHO | DECAY,
         carries_floats=True,
-        is_variant=True,
     ),
     "fsam_as_released": Row(
         sam_optax.fsam,
@@ -167,7 +157,6 @@ TABLE = {
         plain_norm(),
         RHO | EMA,
         carries_floats=True,
-        is_variant=True,
     ),
     "fasam": Row(
         sam_optax.fasam,
@@ -183,7 +172,6 @@ TABLE = {
         adaptive_norm(0.1),
         RHO | ETA | EMA,
         carries_floats=True,
-        is_variant=True,
     ),
     "usam": Row(sam_optax.usam, {}, relative_norm, RHO, ascent=sam_optax.usam_ascent),
     "vasso": Row(
@@ -217,7 +205,6 @@ TABLE = {
         plain_norm(),
         RHO | ALPHA,
         descends_on_ga=False,
-        is_variant=True,
     ),
     "sam_plus_gap": Row(
         sam_optax.sam_plus_gap,
@@ -243,7 +230,6 @@ TABLE = {
         RHO | ETA,
         is_exact=False,
         descends_on_ga=False,
-        is_variant=True,
     ),
     "stable_usam": Row(
         sam_optax.stable_usam, {}, relative_norm, RHO | BOUNDS, descends_on_ga=False
@@ -305,7 +291,6 @@ TABLE = {
         RHO | {"drop": (0.5, 0.2)},
         ("sparsity", "refresh_every"),
         draws=True,
-        is_variant=True,
     ),
     "random_sam": Row(
         sam_optax.random_sam, {}, None, RHO, follows_gradient=False, draws=True
@@ -317,7 +302,6 @@ TABLE = {
         RHO,
         follows_gradient=False,
         draws=True,
-        is_variant=True,
     ),
     "rsam": Row(
         sam_optax.rsam,
