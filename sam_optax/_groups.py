@@ -203,7 +203,8 @@ def look_in_groups(
             one = look(examples)
             return path(one.gradient if g is None else g, one.evaluate, index), None
 
-        return mean_over(follow, stacked, gradients, jnp.arange(count))[0]
+        indices = _like_first_axis(jnp.arange(count), stacked)
+        return mean_over(follow, stacked, gradients, indices)[0]
 
     loss = jnp.mean(losses)
     return Look(loss, aux, gradient, evaluate, recompute, per_group, count)
@@ -212,6 +213,23 @@ def look_in_groups(
 def default_map(count: int) -> str:
     """How groups run if nothing is said; measured by `benchmarks/groups.py`."""
     return "unroll" if jax.device_count() == 1 and count <= 8 else "vmap"
+
+
+def _like_first_axis(indices: jax.Array, examples: Any) -> jax.Array:
+    """Laid out over the devices as the examples are.
+
+    Under a mesh with explicit axes, everything that is mapped must be, and there the
+    layout is part of the type. With automatic axes the type names none.
+    """
+    for leaf in jax.tree.leaves(examples):
+        sharding = jax.typeof(leaf).sharding
+        axes = sharding.spec[0] if len(sharding.spec) else None
+        if axes is not None:
+            spec = jax.sharding.PartitionSpec(axes)
+            return jax.sharding.reshard(
+                indices, jax.sharding.NamedSharding(sharding.mesh, spec)
+            )
+    return indices
 
 
 def _together(function, *trees, count, vary):
@@ -299,7 +317,8 @@ class Axis(NamedTuple):
                 return x
             return jax.lax.pmean(x, names, axis_index_groups=index_groups)
 
-        return jax.tree.map(mean_leaf, tree)
+        # JAX takes no mean over axes of which some are varied over, and some are not.
+        return jax.tree.map(mean_leaf, self.vary(tree))
 
     def group(self) -> jax.Array:
         """The number of this device's group."""

@@ -114,7 +114,12 @@ def _masked_by(
         def renewed():
             return refresh(now, step, mask, _tree.magnitude(g), kept(_tree.size(g)))
 
-        mask = jax.lax.cond(step % every == 0, renewed, lambda: mask)
+        def as_before():
+            # Both branches must vary over the same mesh axes, those of g.
+            never = _tree.squared_norm(g) < 0
+            return jax.tree.map(lambda keep: keep | never, mask)
+
+        mask = jax.lax.cond(step % every == 0, renewed, as_before)
         updates = jax.tree.map(
             lambda u, keep: jnp.where(keep, u, 0 * u),
             _tree.at_least_float32(updates),
