@@ -45,9 +45,39 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels  # one per examp
 IMAGES = 1797
 CLASSES = 10
 
-# From a sweep on seeds 10 to 14, for the best mean accuracy at 40 and 60 % noise: sam
-# from 0.1 to 0.8, fsam 0.2 to 1.2, asam 0.5 to 6, fasam 1 to 8 and usam 0.1 to 4.
-DEFAULT_RHO = {"sam": 0.5, "fsam": 0.6, "asam": 4.0, "fasam": 6.0, "usam": 1.0}
+# From sweeps on seeds 10 to 14 for the best mean accuracy, at 40 and 60 % noise for the
+# first five and at 40 % for the others; well below a rho that no longer trains.
+DEFAULT_RHO = {
+    "sam": 0.5,
+    "fsam": 0.6,
+    "asam": 4.0,
+    "fasam": 6.0,
+    "usam": 1.0,
+    "gsam": 0.3,
+    "sam_plus_gap": 0.2,
+    "stable_sam": 0.5,
+    "stable_asam": 4.0,
+    "stable_usam": 1.0,
+    "wsam": 0.05,
+    "gradient_norm_penalty": 0.7,
+    "fisher_sam": 0.5,
+    "vasso": 0.5,
+    "sam_full": 0.5,
+    "sam_noise": 0.5,
+    "look_sam": 0.35,
+    "sam_every_k": 1.5,
+    "rst": 0.8,
+    "ae_sam": 0.8,
+    "esam": 0.5,
+    "ssam": 0.7,
+    "random_sam": 24.0,
+    "rsam": 0.5,
+    "multi_step_sam": 0.5,
+    "k_sam": 0.2,
+    "largest_increase": 0.3,
+    "sub_batch": 0.7,
+    "decoupled_wsam": 0.5,
+}
 FALLBACK_RHO = 0.3  # of methods that are not in the table
 
 JSON, PNG = "digits.json", "digits.png"
@@ -132,7 +162,8 @@ class LossTerm(NamedTuple):
 
 
 def make_saf(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
-    saf = sam_optax.saf(args.train_size, CLASSES, lag=3, start=5 * steps)
+    # Ten epochs ago, fewer of the wrong labels were learned than three (the default).
+    saf = sam_optax.saf(args.train_size, CLASSES, lag=10, start=5 * steps)
     return LossTerm(
         lambda params: saf.init(),
         lambda memory, logits, x, index: saf.penalty(memory, logits, index),
@@ -141,7 +172,8 @@ def make_saf(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
 
 
 def make_mesa(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
-    mesa = sam_optax.mesa(decay=0.99, start=5 * steps)
+    # Averaged over some 500 steps, as there are no more than 900 of them.
+    mesa = sam_optax.mesa(decay=0.998, start=5 * steps)
     return LossTerm(
         mesa.init,
         lambda memory, logits, x, index: mesa.penalty(
@@ -392,7 +424,7 @@ def make_figure(results: list[Result], args: argparse.Namespace) -> Figure:
         axes.set_title(f"{noise:g} % wrong labels", fontsize="medium")
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(labels)), labels)
-    panels[0].invert_yaxis()  # in the order of the table
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)  # downwards, as the table
     figure.supxlabel("test accuracy (%)", fontsize="medium")
     figure.suptitle(
         f"Handwritten digits with wrong labels, after {args.epochs} epochs\n"
