@@ -12,6 +12,10 @@ With too large a rho, SAM no longer trains where F-SAM still does, as Table 6 of
 https://arxiv.org/abs/2403.12350 reports for CIFAR-10:
 
     python examples/digits.py --methods sam fsam --noise 60 --rho 0.6
+
+Every method of the library has a name here, and one table compares all of them:
+
+    python examples/digits.py --methods all --noise 40
 """
 
 import argparse
@@ -162,7 +166,7 @@ class LossTerm(NamedTuple):
 
 
 def make_saf(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
-    # Ten epochs ago, fewer of the wrong labels were learned than three (the default).
+    # A lag of 10 epochs, not the usual 3: fewer wrong labels were learned by then.
     saf = sam_optax.saf(args.train_size, CLASSES, lag=10, start=5 * steps)
     return LossTerm(
         lambda params: saf.init(),
