@@ -6,12 +6,16 @@ trains a Flax Linen network on the 8×8 images of handwritten digits that come w
 scikit-learn. A part of the training labels is replaced by random ones. SGD learns these
 by heart, which costs accuracy on the test images; sharpness-aware methods do so less.
 A seed fixes the split into training and test images, the wrong labels, the initial
-weights and the order of the batches; all seeds are trained at once.
+weights and the order of the batches.
 
 With too large a rho, SAM no longer trains where F-SAM still does, as Table 6 of
 https://arxiv.org/abs/2403.12350 reports for CIFAR-10:
 
     python examples/digits.py --methods sam fsam --noise 60 --rho 0.6
+
+Every method of the library has a name here, and one table compares all of them:
+
+    python examples/digits.py --methods all --noise 40
 """
 
 import argparse
@@ -28,7 +32,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import linen as nn
@@ -41,12 +44,44 @@ from sklearn.datasets import load_digits
 
 import sam_optax
 
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels  # one per example
+
 IMAGES = 1797
 CLASSES = 10
 
-# From a sweep on seeds 10 to 14, for the best mean accuracy at 40 and 60 % noise: sam
-# from 0.1 to 0.8, fsam 0.2 to 1.2, asam 0.5 to 6, fasam 1 to 8 and usam 0.1 to 4.
-DEFAULT_RHO = {"sam": 0.5, "fsam": 0.6, "asam": 4.0, "fasam": 6.0, "usam": 1.0}
+# From sweeps on seeds 10 to 14 for the best mean accuracy, at 40 and 60 % noise for the
+# first five and at 40 % for the others; well below a rho that no longer trains.
+DEFAULT_RHO = {
+    "sam": 0.5,
+    "fsam": 0.6,
+    "asam": 4.0,
+    "fasam": 6.0,
+    "usam": 1.0,
+    "gsam": 0.3,
+    "sam_plus_gap": 0.2,
+    "stable_sam": 0.5,
+    "stable_asam": 4.0,
+    "stable_usam": 1.0,
+    "wsam": 0.05,
+    "gradient_norm_penalty": 0.7,
+    "fisher_sam": 0.5,
+    "vasso": 0.5,
+    "sam_full": 0.5,
+    "sam_noise": 0.5,
+    "look_sam": 0.35,
+    "sam_every_k": 1.5,
+    "rst": 0.8,
+    "ae_sam": 0.8,
+    "esam": 0.5,
+    "ssam": 0.7,
+    "random_sam": 24.0,
+    "rsam": 0.5,
+    "multi_step_sam": 0.5,
+    "k_sam": 0.2,
+    "largest_increase": 0.3,
+    "sub_batch": 0.7,
+    "decoupled_wsam": 0.5,
+}
 FALLBACK_RHO = 0.3  # of methods that are not in the table
 
 JSON, PNG = "digits.json", "digits.png"
@@ -57,7 +92,7 @@ QUICK = {"noise": [40], "seeds": 2}
 
 
 class Data(NamedTuple):
-    """The digits, split for one seed; or for several, along a first axis."""
+    """The digits, split for one seed."""
 
     train_x: jax.Array  # shape=(train_size, 64), from 0 to 1
     train_y: jax.Array  # shape=(train_size,), partly wrong
@@ -87,6 +122,107 @@ def make_data(seed: int, noise: float, train_size: int) -> Data:
     )
 
 
+# --- Methods that are more than a transformation in a chain ---------------------------
+
+
+class Selection(NamedTuple):
+    """A transformation, and which examples of a batch its two gradients see."""
+
+    transformation: str
+    make_rule: Callable[[int], Callable]  # (batch size)
+
+
+def largest_increase(batch_size: int) -> Callable:
+    return sam_optax.largest_increase(max(0.5, 1 / batch_size))  # at least one example
+
+
+def sub_batch(batch_size: int) -> Callable:
+    return sam_optax.sub_batch(max(0.25, 1 / batch_size))
+
+
+def k_sam(batch_size: int) -> Callable:
+    return sam_optax.k_sam(max(1, batch_size // 2))
+
+
+SELECTIONS = {
+    "esam": Selection("esam", largest_increase),  # ESAM's mask and its selection
+    "k_sam": Selection("sam", k_sam),
+    "largest_increase": Selection("sam", largest_increase),
+    "sub_batch": Selection("sam", sub_batch),
+}
+
+
+def data_rule(method: str, batch_size: int) -> Callable | None:
+    """The `data=` of a method; None where both gradients see the whole batch."""
+    return SELECTIONS[method].make_rule(batch_size) if method in SELECTIONS else None
+
+
+class LossTerm(NamedTuple):
+    """A term of the loss with what it remembers: one interface for SAF and MESA."""
+
+    init: Callable  # (params) -> memory
+    penalty: Callable  # (memory, logits, x, index) -> one number per example
+    update: Callable  # (memory, params, logits, index) -> memory
+
+
+def make_saf(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
+    # A lag of 10 epochs, not the usual 3: fewer wrong labels were learned by then.
+    saf = sam_optax.saf(args.train_size, CLASSES, lag=10, start=5 * steps)
+    return LossTerm(
+        lambda params: saf.init(),
+        lambda memory, logits, x, index: saf.penalty(memory, logits, index),
+        lambda memory, params, logits, index: saf.update(memory, logits, index),
+    )
+
+
+def make_mesa(apply: Callable, steps: int, args: argparse.Namespace) -> LossTerm:
+    # Averaged over some 500 steps, as there are no more than 900 of them.
+    mesa = sam_optax.mesa(decay=0.998, start=5 * steps)
+    return LossTerm(
+        mesa.init,
+        lambda memory, logits, x, index: mesa.penalty(
+            memory, logits, apply({"params": memory.average}, x)
+        ),
+        lambda memory, params, logits, index: mesa.update(memory, params),
+    )
+
+
+LOSS_TERMS = {"saf": make_saf, "mesa": make_mesa}  # (apply, steps per epoch, args)
+
+
+def make_step_with_term(apply: Callable, term: LossTerm) -> Callable:
+    def loss_fn(params, memory, x, y, index):
+        logits = apply({"params": params}, x)
+        losses = cross_entropy(logits, y) + term.penalty(memory, logits, x, index)
+        return losses.mean(), logits
+
+    loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state, x, y, index):
+        (loss, logits), grads = loss_and_grads(state.params, state.memory, x, y, index)
+        state = state.apply_gradients(grads=grads)
+        memory = term.update(state.memory, state.params, logits, index)
+        return state.replace(memory=memory), loss
+
+    return train_step
+
+
+def sam_function(method: str) -> Callable:
+    """What makes the transformation from rho, for example sam_optax.fsam."""
+    if method == "decoupled_wsam":
+        return sam_optax.decoupled_wsam
+    name = SELECTIONS[method].transformation if method in SELECTIONS else method
+    return sam_optax.METHODS[name].make
+
+
+def gradients_per_step(method: str) -> str:
+    if method == "sgd":
+        return "1"
+    if method == "esam":  # METHODS has it without the selection, which decides here
+        method = "largest_increase"
+    return {**sam_optax.METHODS, **sam_optax.FURTHER_METHODS}[method].gradients
+
+
 # --- Training -------------------------------------------------------------------------
 
 
@@ -100,12 +236,20 @@ class MLP(nn.Module):
         return nn.Dense(CLASSES)(x)
 
 
-class Trainer(NamedTuple):
-    """Jitted functions of arguments with a first axis for the seeds."""
+class State(TrainState):
+    memory: Any = None  # of a term of the loss, where there is one
 
-    create_state: Callable[..., TrainState]  # (keys)
-    train_epoch: Callable[..., TrainState]  # (states, keys, train_x, train_y)
-    accuracy: Callable[..., jax.Array]  # (states, test_x, test_y), in %
+
+class Trainer(NamedTuple):
+    """Jitted functions for one seed.
+
+    No vmap over the seeds: it would turn the branches of methods such as look_sam into
+    the work of both sides on every step, and is slower on CPUs anyway.
+    """
+
+    create_state: Callable[..., State]  # (key)
+    train_epoch: Callable[..., State]  # (state, key, train_x, train_y)
+    accuracy: Callable[..., jax.Array]  # (state, test_x, test_y), in %
 
 
 def make_trainer(method: str, rho: float | None, args: argparse.Namespace) -> Trainer:
@@ -113,36 +257,54 @@ def make_trainer(method: str, rho: float | None, args: argparse.Namespace) -> Tr
     steps = args.train_size // args.batch_size
     learning_rate = optax.cosine_decay_schedule(args.learning_rate, steps * args.epochs)
 
-    def loss_fn(params, x, y):
-        logits = model.apply({"params": params}, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    sgd = optax.sgd(learning_rate, momentum=0.9)
+    term = None
 
+    def loss_fn(params, x, y):  # one loss per example, since some methods choose
+        return cross_entropy(model.apply({"params": params}, x), y)
+
+    # The index says where the examples are in the training set; only SAF asks for it.
     if method == "sgd":
-        tx = optax.sgd(learning_rate, momentum=0.9)
+        tx = sgd
+        loss_and_grads = jax.value_and_grad(lambda *args: loss_fn(*args).mean())
 
-        def train_step(state, x, y):
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
+        def train_step(state, x, y, index):
+            loss, grads = loss_and_grads(state.params, x, y)
             return state.apply_gradients(grads=grads), loss
 
-    else:
-        make = sam_optax.METHODS[method].make  # for example sam_optax.fsam
-        sam = make() if rho is None else make(rho=rho)
-        tx = optax.chain(sam, optax.sgd(learning_rate, momentum=0.9))
-        loss_and_grads = sam_optax.sam_value_and_grad(loss_fn, sam)
+    elif method in LOSS_TERMS:
+        tx = sgd
+        term = LOSS_TERMS[method](model.apply, steps, args)
+        train_step = make_step_with_term(model.apply, term)
 
-        def train_step(state, x, y):
+    else:
+        radius = {} if rho is None else {"rho": rho}
+        if method == "decoupled_wsam":
+            sam, tx = sam_optax.decoupled_wsam(sgd, learning_rate, **radius)
+        else:
+            sam = sam_function(method)(**radius)  # for example sam_optax.fsam(rho=0.6)
+            tx = optax.chain(sam, sgd)
+        rule = data_rule(method, args.batch_size)
+        loss_and_grads = sam_optax.sam_value_and_grad(
+            loss_fn, sam, data=rule, batch_argnums=(1, 2)
+        )
+
+        def train_step(state, x, y, index):
             loss, grads = loss_and_grads(state.params, x, y, opt_state=state.opt_state)
             return state.apply_gradients(grads=grads), loss
 
     def create_state(key):
         params = model.init(key, jnp.zeros((1, 64)))["params"]
-        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+        memory = None if term is None else term.init(params)
+        return State.create(apply_fn=model.apply, params=params, tx=tx, memory=memory)
 
     def train_epoch(state, key, x, y):
         order = jax.random.permutation(jax.random.fold_in(key, state.step), len(x))
         batches = order[: steps * args.batch_size].reshape(steps, args.batch_size)
         state, _ = jax.lax.scan(
-            lambda state, batch: train_step(state, x[batch], y[batch]), state, batches
+            lambda state, index: train_step(state, x[index], y[index], index),
+            state,
+            batches,
         )
         return state
 
@@ -150,8 +312,7 @@ def make_trainer(method: str, rho: float | None, args: argparse.Namespace) -> Tr
         logits = state.apply_fn({"params": state.params}, x)
         return 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
-    functions = (create_state, train_epoch, accuracy)
-    return Trainer(*(jax.jit(jax.vmap(function)) for function in functions))
+    return Trainer(jax.jit(create_state), jax.jit(train_epoch), jax.jit(accuracy))
 
 
 def train(
@@ -162,15 +323,20 @@ def train(
     after_epoch: Callable[[], Any] = lambda: None,
 ) -> list[float]:
     """Trains one network per seed, and returns their test accuracies in %."""
-    splits = [make_data(seed, noise, args.train_size) for seed in seeds]
-    data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    states = trainer.create_state(keys)
+    data = [make_data(seed, noise, args.train_size) for seed in seeds]
+    keys = [jax.random.key(seed) for seed in seeds]
+    states = [trainer.create_state(key) for key in keys]
     for _ in range(args.epochs):
-        states = trainer.train_epoch(states, keys, data.train_x, data.train_y)
+        for i, (key, split) in enumerate(zip(keys, data, strict=True)):
+            states[i] = trainer.train_epoch(
+                states[i], key, split.train_x, split.train_y
+            )
         jax.block_until_ready(states)  # or the progress would run ahead of the work
         after_epoch()
-    return trainer.accuracy(states, data.test_x, data.test_y).tolist()
+    return [
+        trainer.accuracy(state, split.test_x, split.test_y).item()
+        for state, split in zip(states, data, strict=True)
+    ]
 
 
 # --- The comparison -------------------------------------------------------------------
@@ -234,41 +400,41 @@ def make_table(results: list[Result], args: argparse.Namespace) -> Table:
         table.add_column(f"{noise:g} % noise", justify="right")
     for method in args.methods:
         rho = args.rho[method]
-        cost = "1" if method == "sgd" else sam_optax.METHODS[method].gradients
+        cost = gradients_per_step(method)
         cells = [str(result) for result in results if result.method == method]
         table.add_row(method, "" if rho is None else f"{rho:g}", cost, *cells)
     return table
 
 
 def make_figure(results: list[Result], args: argparse.Namespace) -> Figure:
-    """Bars of the means, grouped by noise rate, and a dot for each seed."""
-    methods, rates = len(args.methods), len(args.noise)
-    colors = matplotlib.colormaps["tab10" if methods <= 10 else "tab20"].colors
-    size = (max(8, 4 + 0.3 * methods * rates), max(5, 0.25 * methods))
+    """A panel per noise rate, with a row per method: its mean, and a dot per seed."""
+    rates = len(args.noise)
+    size = (4 + 3 * rates, 1.6 + 0.25 * max(4, len(args.methods)))
     figure = Figure(size, layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / methods
-    for i, method in enumerate(args.methods):
-        mine = [result for result in results if result.method == method]
-        name = "SGD" if method == "sgd" else sam_optax.METHODS[method].title
-        rho = "" if args.rho[method] is None else f" (ρ = {args.rho[method]:g})"
-        x = np.arange(rates) + (i - (methods - 1) / 2) * width
-        color = colors[i % len(colors)]
-        means = [result.mean for result in mine]
-        axes.bar(x, means, 0.9 * width, color=color, label=name + rho)
-        dots = [result.test_accuracy_percent for result in mine]
-        axes.plot(x, dots, "o", color="black", markersize=3, alpha=0.5)
-    axes.axhline(100 / CLASSES, color="black", linewidth=1, linestyle=":")
-    axes.set_xticks(range(rates), [f"{noise:g}" for noise in args.noise])
-    axes.set_xlabel("training labels replaced by random ones (%)")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_ylim(0, 100)
-    axes.set_title(
+    panels = figure.subplots(1, rates, sharey=True, squeeze=False)[0]
+    labels = [
+        method if args.rho[method] is None else f"{method}, ρ = {args.rho[method]:g}"
+        for method in args.methods
+    ]
+    for noise, axes in zip(args.noise, panels, strict=True):
+        mine = [result for result in results if result.noise_percent == noise]
+        rows = range(len(mine))
+        for row, result in zip(rows, mine, strict=True):
+            seeds = result.test_accuracy_percent
+            axes.plot(seeds, [row] * len(seeds), "o", color="C0", ms=4, alpha=0.5)
+            if result.method == "sgd":
+                axes.axvline(result.mean, color="black", linewidth=1, linestyle="--")
+        axes.plot([result.mean for result in mine], rows, "|", color="black", ms=11)
+        axes.set_title(f"{noise:g} % wrong labels", fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)  # downwards, as the table
+    figure.supxlabel("test accuracy (%)", fontsize="medium")
+    figure.suptitle(
         f"Handwritten digits with wrong labels, after {args.epochs} epochs\n"
-        "bars: mean over seeds; dots: each seed; dotted line: chance",
+        "dots: each seed; strokes: their mean; dashed line: the mean of SGD",
         fontsize="medium",
     )
-    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -325,6 +491,10 @@ def method_and_rho(text: str) -> tuple[str, float]:
     return method, radius(rho)
 
 
+def all_methods() -> list[str]:
+    return ["sgd", *sam_optax.METHODS, *sam_optax.FURTHER_METHODS]
+
+
 def make_parser() -> Parser:
     parser = Parser(
         prog="digits.py",
@@ -332,7 +502,7 @@ def make_parser() -> Parser:
         "handwritten digits, with a part of the training labels replaced by random "
         "ones. Prints a table, and writes digits.json and digits.png.",
     )
-    methods = ("sgd", *sam_optax.METHODS, "all")
+    methods = (*all_methods(), "all")
     options = (
         ("--methods", str, ["sgd", "sam", "fsam"], f"any of {', '.join(methods)}"),
         ("--noise", percentage, [0, 40, 60], "%% of the training labels to replace"),
@@ -347,8 +517,10 @@ def make_parser() -> Parser:
     for option, kind, default, text in options:
         several = isinstance(default, list)
         shown = " ".join(map(str, default)) if several else default
+        aliases = ["--method"] if option == "--methods" else []
         parser.add_argument(
             option,
+            *aliases,
             type=kind,
             default=default,
             nargs="+" if several else None,
@@ -383,7 +555,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args = parser.parse_args(argv)
 
     if "all" in args.methods:
-        args.methods = ["sgd", *sam_optax.METHODS]
+        args.methods = all_methods()
     args.methods = list(dict.fromkeys(args.methods))  # each once
     args.noise = list(dict.fromkeys(map(float, args.noise)))
 
@@ -410,10 +582,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def default_rho(method: str) -> float | None:
     """None for methods that have no rho."""
-    if method == "sgd":
+    if method == "sgd" or method in LOSS_TERMS:
         return None
-    signature = inspect.signature(sam_optax.METHODS[method].make)
-    if "rho" not in signature.parameters:
+    if "rho" not in inspect.signature(sam_function(method)).parameters:
         return None
     return DEFAULT_RHO.get(method, FALLBACK_RHO)
 
