@@ -5,18 +5,16 @@
 Times a hand-written jitted step of two gradients, both doors of `sam_optax.sam`, the
 plain base optimizer and `optax.contrib.sam` (opaque), in turn, within one process, and
 prints the median of the ratios to the hand-written step, with the range that holds half
-of them, beside the compiler's count of flops and temporary memory. Ratios hold where
-single times do not: machines are shared and noisy.
+of them, beside the compiler's count of flops and temporary memory.
 """
 
 import argparse
 import itertools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import optax
+from measure import compile_program, print_ratios
 
 import sam_optax
 
@@ -103,38 +101,13 @@ def main() -> None:
     x = jax.random.normal(keys[3], (args.batch, 256))
     y = jax.random.randint(keys[4], (args.batch,), 0, 10)
 
-    compiled, costs = {}, {}
-    for name, (step, state) in make_steps(params).items():
-        start = time.perf_counter()
-        program = jax.jit(step).lower(params, state, x, y).compile()
-        seconds = time.perf_counter() - start
-        compiled[name] = (program, state)
-        memory = program.memory_analysis()
-        costs[name] = (
-            program.cost_analysis()["flops"],
-            memory.temp_size_in_bytes if memory else 0,
-            seconds,
-        )
-
-    times = {name: [] for name in compiled}
-    for _ in range(args.rounds):
-        for name, (program, state) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(params, state, x, y))
-            times[name].append(time.perf_counter() - start)
-
+    programs = {
+        name: compile_program(step, params, state, x, y)
+        for name, (step, state) in make_steps(params).items()
+    }
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print(f"{sum(w.size for w in params):,} parameters, batch {args.batch}")
-    print(f"{'':18} {'time / by hand':>24} {'flops':>7} {'memory':>7} {'compile':>8}")
-    hand = costs["by hand"]
-    for name, own in times.items():
-        ratios = [a / b for a, b in zip(own, times["by hand"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        spread = f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
-        shares = [c / h if h else 1.0 for c, h in zip(costs[name], hand, strict=True)]
-        print(
-            f"{name:18} {spread:>24} {shares[0]:7.3f} {shares[1]:7.3f} {shares[2]:8.2f}"
-        )
+    print_ratios(programs, args.rounds)
 
 
 if __name__ == "__main__":

@@ -211,8 +211,15 @@ def look_in_groups(
 
 
 def default_map(count: int) -> str:
-    """How groups run if nothing is said; measured by `benchmarks/groups.py`."""
-    return "unroll" if jax.device_count() == 1 and count <= 8 else "vmap"
+    """How groups run if nothing is said, by what `benchmarks/groups.py` measures.
+
+    Over several devices, a loop would take the groups of one device after those of
+    another. On one, each group in a program of its own is fastest, as long as compiling
+    that many is bearable.
+    """
+    if jax.device_count() > 1:
+        return "vmap"
+    return "unroll" if count <= 16 else "scan"
 
 
 def _like_first_axis(indices: jax.Array, examples: Any) -> jax.Array:

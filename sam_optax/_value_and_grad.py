@@ -59,8 +59,8 @@ def sam_value_and_grad(
         None: one perturbation.
       map_groups: how the groups of m run: `"vmap"` together, `"unroll"` in a program
         that contains each, `"scan"` one after another, which keeps the memory of one
-        group, and costs a forward pass. Default None: `"unroll"` up to 8 groups where
-        there is one device, else `"vmap"`.
+        group, and costs a forward pass more. Default None: `"vmap"` where there are
+        several devices; on one, `"unroll"` up to 16 groups, and `"scan"` beyond.
       axis_name: the axis, or axes, of a `pmap` or `shard_map` over which the batch is
         spread. Gradients and the loss are averaged over it; do not do so again. The
         auxiliary output is that of the device. Default None: under `jit` with sharded

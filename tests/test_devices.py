@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import sam_optax
 from lab import all_finite, assert_trees_close, assert_trees_equal
+from sam_optax._groups import default_map
 
 PATH = pathlib.Path(__file__).parent.parent / "benchmarks" / "device_table.py"
 
@@ -87,6 +88,15 @@ def test_one_group_of_the_whole_batch_is_one_perturbation():
     start, step = table.make_step(KINDS, m=table.DEVICES * table.GROUP)
     params = table.train(jax.jit(step), start(table.make_params()))
     assert_like_one_device([params], False, KINDS)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "expected"),
+    [(1, 16, "unroll"), (1, 17, "scan"), (2, 4, "vmap"), (2, 40, "vmap")],
+)
+def test_how_groups_run_by_default(monkeypatch, devices, count, expected):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert default_map(count) == expected
 
 
 # --- Groups of devices, and groups on each device.
