@@ -40,16 +40,16 @@ MUTANTS = {
     ),
     "value from another point": Mutant(
         "_value_and_grad.py",
-        "value = (choice.seen.loss, choice.seen.aux)",
-        "moved = batch.forward(optax.tree.scale(1.01, params))\n"
-        "        value = (moved.loss, choice.seen.aux)",
+        "        value = (look.loss, look.aux) if self._has_aux else look.loss\n",
+        "        moved = batch.forward(optax.tree.scale(1.01, params))\n"
+        "        value = (moved.loss, look.aux) if self._has_aux else moved.loss\n",
         first="trajectory or value_and_aux",
     ),
     "aux from another point": Mutant(
         "_value_and_grad.py",
-        "value = (choice.seen.loss, choice.seen.aux)",
-        "moved = batch.forward(optax.tree.scale(1.01, params))\n"
-        "        value = (choice.seen.loss, moved.aux)",
+        "        value = (look.loss, look.aux) if self._has_aux else look.loss\n",
+        "        moved = batch.forward(optax.tree.scale(1.01, params))\n"
+        "        value = (look.loss, moved.aux) if self._has_aux else look.loss\n",
         first="value_and_aux",
     ),
     "schedule one step ahead": Mutant(
@@ -329,14 +329,16 @@ MUTANTS = {
     ),
     "SSAM-F: smallest in place of largest": Mutant(
         "_sparse.py",
-        "_ranks(magnitudes) < kept",
-        "_ranks(-magnitudes) < kept",
+        "_keep_largest(magnitudes, kept)\n",
+        "_keep_largest(jax.tree.map(lambda x: 1 / x, magnitudes), kept)\n",
         first="ssam",
     ),
     "SSAM-D: drops the largest": Mutant(
         "_sparse.py",
-        "jnp.where(mask, magnitudes, -1)",
-        "jnp.where(mask, 1 / magnitudes, -1)",
+        "_keep_largest(magnitudes, kept - exchanged, among=mask)",
+        "_keep_largest(\n"
+        "            jax.tree.map(lambda x: 1 / x, magnitudes), kept - exchanged, among=mask\n"
+        "        )",
         first="ssam",
     ),
     "SSAM: never refreshed": Mutant(
@@ -433,10 +435,125 @@ MUTANTS = {
         first="k_sam",
     ),
     "the gap against another batch's loss": Mutant(
-        "_value_and_grad.py",
+        "_groups.py",
         "seen if seen.batch is chosen else chosen.forward(params)",
         "seen",
         first="reported_gap",
+    ),
+    "no mean of the gradient over the axis": Mutant(
+        "_groups.py",
+        "gradient=axis.mean(here.gradient),",
+        "gradient=here.gradient,",
+        first="every_setting or two_devices",
+    ),
+    "the mean of the gradient a sum": Mutant(
+        "_groups.py",
+        "gradient=axis.mean(here.gradient),",
+        "gradient=jax.lax.psum(here.gradient, axis.names),",
+        first="every_setting or two_devices",
+    ),
+    "no mean of the second gradient": Mutant(
+        "_groups.py",
+        "return axis.mean(evaluate_here(point))",
+        "return evaluate_here(point)",
+        first="every_setting",
+    ),
+    "the mean of the second gradient a sum": Mutant(
+        "_groups.py",
+        "return axis.mean(evaluate_here(point))",
+        "return jax.lax.psum(evaluate_here(point), axis.names)",
+        first="every_setting",
+    ),
+    "no mean over the groups of devices": Mutant(
+        "_groups.py",
+        "        return axis.mean(\n            follow(",
+        "        return (lambda tree: tree)(\n            follow(",
+        first="every_setting",
+    ),
+    "the mean over the groups of devices a sum": Mutant(
+        "_groups.py",
+        "        return axis.mean(\n            follow(",
+        "        return jax.tree.map(lambda x: jax.lax.psum(x, axis.names),\n"
+        "            follow(",
+        first="every_setting",
+    ),
+    "no mean over devices with groups of examples": Mutant(
+        "_groups.py",
+        "return axis.mean(here.per_group(follow))",
+        "return here.per_group(follow)",
+        first="on_each_of_several",
+    ),
+    "no mean of the loss over the axis": Mutant(
+        "_groups.py",
+        "loss=axis.mean(here.loss),",
+        "loss=here.loss,",
+        first="loss_is_averaged",
+    ),
+    "devices that share have gradients of their own": Mutant(
+        "_groups.py",
+        "shared_g = axis.shared_mean(here.gradient)",
+        "shared_g = here.gradient",
+        first="may_share",
+    ),
+    "devices that share have second gradients of their own": Mutant(
+        "_groups.py",
+        "lambda point: axis.shared_mean(evaluate_here(point))",
+        "evaluate_here",
+        first="may_share",
+    ),
+    "gradients arrive summed under check_vma": Mutant(
+        "_groups.py",
+        "own = self.axis.vary(params)",
+        "own = params",
+        first="every_setting",
+    ),
+    "second gradients arrive summed under check_vma": Mutant(
+        "_groups.py",
+        "return here.evaluate(axis.vary(point))",
+        "return here.evaluate(point)",
+        first="every_setting",
+    ),
+    "one perturbation where each device has its own": Mutant(
+        "_groups.py",
+        "shared = names if sync_perturbation else ()",
+        "shared = names",
+        first="every_setting",
+    ),
+    "all groups have one number": Mutant(
+        "_groups.py",
+        "indices = _like_first_axis(jnp.arange(count), stacked)",
+        "indices = _like_first_axis(0 * jnp.arange(count), stacked)",
+        first="own_noise",
+    ),
+    "all devices have one number": Mutant(
+        "_groups.py",
+        "axis.group() * here.groups + index",
+        "index",
+        first="agree_between",
+    ),
+    "a group's number ignores the device": Mutant(
+        "_groups.py",
+        "axis.group() * here.groups + index",
+        "axis.group() + index",
+        first="on_each_of_several or agree_between or each_device",
+    ),
+    "a sum over groups one after another": Mutant(
+        "_groups.py", "x / count if", "x if", first="however_they_run"
+    ),
+    "g of the first groups alone": Mutant(
+        "_groups.py",
+        "gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0), gradients)",
+        "gradient = jax.tree.map(lambda x: x[0], gradients)",
+        first="nan_in_one or second_door",
+    ),
+    "a skipped step descends on one group": Mutant(
+        "_groups.py",
+        "return mean_over(lambda e: (look(e).evaluate(point), None), stacked)[0]",
+        "return look(jax.tree.map(lambda x: x[0], stacked)).evaluate(point)",
+        first="does_not_ascend",
+    ),
+    "sparse masks keep one more": Mutant(
+        "_sparse.py", "before(position)) <= room", "before(position)) <= room + 1"
     ),
     "SAF compares with the last visit": Mutant(
         "_trajectory_loss.py",
@@ -474,7 +591,7 @@ MUTANTS = {
 def survives(mutant: Mutant) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("sam_optax", "tests"):
+        for name in ("sam_optax", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name)
         shutil.copy(ROOT / "pyproject.toml", copy)
         target = copy / "sam_optax" / mutant.file
@@ -490,6 +607,7 @@ def survives(mutant: Mutant) -> bool:
             "test_golden.py",
             "test_bad_input.py",
             "test_data_rules.py",
+            "test_devices.py",
             "test_trajectory_loss.py",
             "test_contracts.py",
         ]

@@ -3,8 +3,12 @@
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import re
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -377,3 +381,34 @@ def test_adamw_learns(capsys):
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.05
     assert float(re.search(r"accuracy: ([0-9.]+) %", printed)[1]) > 94
+
+
+def run_data_parallel(*argv: str, devices: int) -> subprocess.Popen:
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+    command = [sys.executable, EXAMPLES / "data_parallel.py", *argv]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, text=True)
+
+
+def test_data_parallel_is_the_same_on_one_process_and_on_two():
+    """In its accuracy, with a perturbation for every 32 examples."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    alone = run_data_parallel("--m", "32", devices=2)
+    both = [
+        run_data_parallel(
+            *("--m", "32", "--coordinator", address, "--of", "2"),
+            *("--process", str(process)),
+            devices=1,
+        )
+        for process in range(2)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in (alone, *both)]
+    assert not any(process.returncode for process in (alone, *both)), printed
+    accuracies = [re.search(r"accuracy ([0-9.]+) %", text)[1] for text in printed]
+    assert len(set(accuracies)) == 1, accuracies
+    assert float(accuracies[0]) > 93
+    assert "1 processes, 2 devices" in printed[0]
+    assert "2 processes, 2 devices" in printed[1]
