@@ -512,7 +512,8 @@ def sam_full(
     Args:
       rho: radius ρ = ‖ε‖. Default 0.05.
       decay: λ of the average that stands in for the full gradient, unless that is
-        passed to the update as `full_gradient=`. Default 0.9.
+        passed to the update as `full_gradient=`, through `sam_value_and_grad` in
+        `extra_args={"full_gradient": ...}`. Default 0.9.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
       guard: keep non-finite values out of carried state. Default True.
       stochastic_rounding: random key for half-precision parameters; see
@@ -569,7 +570,8 @@ def sam_noise(
     Args:
       rho: radius ρ = ‖ε‖. Default 0.05.
       decay: λ of the average that stands in for the full gradient, unless that is
-        passed to the update as `full_gradient=`. Default 0.9.
+        passed to the update as `full_gradient=`, through `sam_value_and_grad` in
+        `extra_args={"full_gradient": ...}`. Default 0.9.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
       guard: keep non-finite values out of carried state. Default True.
       stochastic_rounding: random key for half-precision parameters; see
@@ -622,8 +624,9 @@ def esam(
       \varepsilon = \rho \frac{g}{\|g\|} \cdot \frac{b}{\beta}, \quad
       b_i \sim \mathrm{Bernoulli}(\beta), \qquad d = \nabla L(w + \varepsilon)
 
-    Stochastic weight perturbation, the first of the paper's two ideas; the second, to
-    descend on selected examples only, concerns data and is not part of it.
+    Stochastic weight perturbation, the first of the paper's two ideas. The second, to
+    descend on the examples whose loss rises most, is a data rule, and makes it whole:
+    `sam_value_and_grad(loss_fn, esam, data=sam_optax.largest_increase())`.
 
     Args:
       rho: radius ρ of the unmasked perturbation, ‖E ε‖ = ρ. Default 0.05.
@@ -764,7 +767,8 @@ def random_sam(
     for p parameters: the average-case counterpart of SAM.
 
     Args:
-      rho: root of the expected squared norm, E‖ε‖² = ρ². Default 0.05.
+      rho: root of the expected squared norm, E‖ε‖² = ρ². Default 0.05. A random
+        direction is hardly steep: for as much effect as SAM's, ρ grows with √p.
       normalized: put ε on the sphere, ‖ε‖ = ρ. Default False.
       key: an int, a typed key or a legacy one. Default 0.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
