@@ -125,7 +125,7 @@ def make_batch(
     """The batch of a call of loss_fn; where it is, is found out only when asked."""
 
     def with_aux(point, *args, **kwargs):
-        return _loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
+        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
 
     def slots():
         return _find_slots(loss_fn, args, kwargs, argnums, argnames)
@@ -137,7 +137,7 @@ def _mean(loss: Any) -> jax.Array:
     return jnp.mean(loss) if jnp.ndim(loss) else jnp.asarray(loss)
 
 
-def _loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     if not has_aux:
         loss, aux = result, None
     elif isinstance(result, tuple) and len(result) == 2:

@@ -627,6 +627,9 @@ def survives(mutant: Mutant) -> bool:
             if failed:
                 print("    by", failed[0].split(" - ")[0])
                 return False
+            if "Fatal Python error" in result.stderr:  # devices waited for each other
+                print("    by a deadlock")
+                return False
             if result.returncode:
                 print(result.stdout[-2000:], result.stderr[-2000:])
                 raise SystemExit("the tests did not run")
