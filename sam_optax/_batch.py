@@ -1,12 +1,16 @@
 """The examples of one step, and the loss and its gradient on some of them."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sam_optax import _layout as layout
+from sam_optax._hyperparameters import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,10 @@ class Batch:
     def take(self, indices: Any) -> "Batch":
         """Some of the examples: by a slice, or an array of indices."""
         return self.replace(
-            [jax.tree.map(lambda x: x[indices], tree) for tree in self.examples]
+            [
+                jax.tree.map(lambda x: layout.take(x, indices), tree)
+                for tree in self.examples
+            ]
         )
 
     def replace(self, examples: Sequence[Any]) -> "Batch":
@@ -158,7 +165,7 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 def check_argnums(argnums: Any, argnames: Any) -> None:
     """What can be known to be wrong before any call."""
     for number in _as_tuple(argnums):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not is_integer(number) or number < 1:
             raise ValueError(
                 "batch_argnums must be integers >= 1, numbered as in "
                 f"jax.value_and_grad, where 0 is the parameters; got {argnums!r}."
@@ -192,7 +199,7 @@ def _find_slots(
     numbers = (1,) if is_default else _as_tuple(argnums)
     slots = tuple(_slot(loss_fn, number, args, kwargs) for number in numbers) + names
     if is_default:
-        _check_no_other_batch(slots[0], args, kwargs)
+        _check_no_other_batch(loss_fn, slots[0], args, kwargs)
     return slots
 
 
@@ -214,7 +221,10 @@ def _slot(loss_fn, number, args, kwargs) -> int | str:
 
 
 def _check_no_other_batch(
-    slot: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    loss_fn: Callable,
+    slot: int | str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Labels left whole beside half of the images could broadcast to a wrong loss."""
     everything = {**dict(enumerate(args)), **kwargs}
@@ -223,6 +233,8 @@ def _check_no_other_batch(
         return {x.shape[0] for x in jax.tree.leaves(tree) if getattr(x, "shape", ())}
 
     batch = sizes(everything.pop(slot))
+    if isinstance(loss_fn, functools.partial):
+        everything["bound by functools.partial"] = (loss_fn.args, loss_fn.keywords)
     for key, value in everything.items():
         if batch & sizes(value):
             name = key + 1 if isinstance(key, int) else repr(key)

@@ -11,7 +11,7 @@ from sam_optax import _tree
 from sam_optax._hyperparameters import (
     ScalarOrSchedule,
     check_number,
-    check_positive_integer,
+    check_static_integer,
     value_at,
 )
 from sam_optax._random import Key, key_stream
@@ -65,7 +65,7 @@ def every_k(k: int) -> Cadence:
     Raises:
       ValueError: if k is not a positive integer.
     """
-    check_positive_integer("k", k)
+    check_static_integer("k", k)
 
     def decide(g, state):
         del g

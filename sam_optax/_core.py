@@ -1,5 +1,6 @@
 """`sharpness_aware`: one ascent, one descent and one cadence make a SAM method."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,29 @@ class Evaluation(NamedTuple):
     gradient: Any
     loss: jax.typing.ArrayLike
     unperturbed_loss: jax.typing.ArrayLike
+
+
+@dataclasses.dataclass(frozen=True)
+class GradFn:
+    """A grad_fn whose two gradients see different examples.
+
+    Attributes:
+      descent: point -> `Evaluation` on the examples that the step descends on.
+      ascent: point -> the same on those that the perturbation is made from.
+      recompute: whether the gradient that the update gets is the ascent's alone, so
+        that whoever needs the descent's at w must take it anew.
+    """
+
+    descent: Callable[[Any], Any]
+    ascent: Callable[[Any], Any]
+    recompute: bool = False
+
+    def __call__(self, point: Any) -> Any:
+        return self.descent(point)
+
+    def map(self, change: Callable[[Callable], Callable]) -> "GradFn":
+        """The same with both functions changed."""
+        return GradFn(change(self.descent), change(self.ascent), self.recompute)
 
 
 class _Step(NamedTuple):
@@ -110,8 +134,7 @@ def sharpness_aware(
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update is
 
-          update(g, state, params, *, grad_fn, per_group=None, ascend=None,
-                 recompute=False, **extra)
+          update(g, state, params, *, grad_fn, per_group=None, ascend=None, **extra)
 
       - grad_fn: parameters -> gradient of the same loss on the same batch.
       - ascend: overrides the cadence for this step. A Python bool specialises the
@@ -119,10 +142,9 @@ def sharpness_aware(
       - per_group: how the path from a group's gradient to its d is mapped over groups
         of examples and averaged: a function of `path`, where
         `path(group_gradient, group_grad_fn, group_index)` returns a tree, and per_group
-        the mean of these trees over the groups. g is then the mean over all groups.
-        Carried state follows g alone, so it is the same on all devices.
-      - recompute: whether a step that does not ascend descends on grad_fn at w, and not
-        on g, because g is the gradient of other examples.
+        the mean of these trees over the groups. g is then the mean over all groups; on
+        a step that is known to ascend it is taken from there. Carried state follows g
+        alone, so it is the same on all devices.
       - extra: forwarded to ascent and descent; unknown names are ignored.
 
     Raises:
@@ -179,7 +201,6 @@ def sharpness_aware(
         grad_fn: Any = None,
         per_group: Callable[[Callable[..., Any]], Any] | None = None,
         ascend: Any = None,
-        recompute: bool = False,
         value: Any = None,
         carry_state: bool = False,
         carry_report: bool = False,
@@ -201,6 +222,10 @@ def sharpness_aware(
             key, _ = keys.next(state.rounding_key, group)
             return round_stochastically(params, perturbation, key)
 
+        def plain_gradient(g, evaluate):
+            """The gradient at w that gᵃ is to be compared with, on its examples."""
+            return evaluate.descent(params).gradient if evaluate.recompute else g
+
         def ascend_from(g, evaluate, group=None):
             g = _tree.at_least_float32(g)
             return ascent.update(
@@ -208,7 +233,7 @@ def sharpness_aware(
                 state.ascent_state,
                 params,
                 ascent_gradient=g,
-                grad_fn=lambda point: evaluate(point).gradient,
+                grad_fn=lambda point: evaluate.ascent(point).gradient,
                 group=group,
                 **extra_args,
             )
@@ -226,8 +251,9 @@ def sharpness_aware(
             return d, descent_state
 
         def second_half(g, evaluate, perturbation, group=None):
-            there = evaluate(perturb(params, perturbation, group))
-            d, descent_state = descend(there.gradient, g, perturbation, group)
+            there = evaluate.descent(perturb(params, perturbation, group))
+            plain = plain_gradient(g, evaluate)
+            d, descent_state = descend(there.gradient, plain, perturbation, group)
             measured = ()
             if carry_report:
                 gap = there.loss - there.unperturbed_loss
@@ -266,10 +292,11 @@ def sharpness_aware(
             step = step._replace(d=_tree.cast_like(step.d, g))
             if carry_report:
                 step = step._replace(measured=_measured(g, step.measured, value))
-            return step, cadence.remember(step.d, g, cadence_state)
+            plain = plain_gradient(g, evaluate)
+            return step, cadence.remember(step.d, plain, cadence_state)
 
         def step_without():
-            plain = evaluate(params).gradient if recompute else g
+            plain = plain_gradient(g, evaluate)
             d = _tree.cast_like(cadence.substitute(plain, cadence_state), g)
             measured = _not_measured(g, value) if carry_report else ()
             return _Step(d, descend_from_equal()[1], measured), cadence_state
@@ -402,23 +429,28 @@ def _check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
         raise TypeError(f"cadence must be a sam_optax.Cadence, got {cadence!r}.")
 
 
-def _checked(grad_fn: Callable, like: Any) -> Callable[[Any], Evaluation]:
-    """grad_fn with its result checked, and the loss NaN if it returns none."""
+def _checked(grad_fn: Callable, like: Any) -> GradFn:
+    """grad_fn with its results checked, and the loss NaN if it returns none."""
     outline = _outline(like)
 
-    def evaluate(point):
-        result = grad_fn(point)
-        if not isinstance(result, Evaluation):
-            unknown = np.float32("nan")
-            result = Evaluation(result, unknown, unknown)
-        if _outline(result.gradient) != outline:
-            raise ValueError(
-                "grad_fn must return the gradient alone, with the structure and shapes "
-                f"of the parameters, {outline}; it returned "
-                f"{_outline(result.gradient)}. From a function with has_aux=True or "
-                "from jax.value_and_grad, take the gradient out: "
-                "grad_fn=lambda params: grad_with_aux(params)[0]."
-            )
-        return result
+    def check(function):
+        def evaluate(point):
+            result = function(point)
+            if not isinstance(result, Evaluation):
+                unknown = np.float32("nan")
+                result = Evaluation(result, unknown, unknown)
+            if _outline(result.gradient) != outline:
+                raise ValueError(
+                    "grad_fn must return the gradient alone, with the structure and "
+                    f"shapes of the parameters, {outline}; it returned "
+                    f"{_outline(result.gradient)}. From a function with has_aux=True "
+                    "or from jax.value_and_grad, take the gradient out: "
+                    "grad_fn=lambda params: grad_with_aux(params)[0]."
+                )
+            return result
 
-    return evaluate
+        return evaluate
+
+    if not isinstance(grad_fn, GradFn):
+        grad_fn = GradFn(grad_fn, grad_fn)
+    return grad_fn.map(check)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sam_optax import _layout as layout
 from sam_optax._batch import Batch, Pass
 from sam_optax._hyperparameters import check_number, check_positive_integer
 
@@ -19,14 +21,15 @@ class Choice(NamedTuple):
 
     Attributes:
       seen: the pass at the parameters whose loss and auxiliary output are returned.
-      ascent_gradient: g, from which the ascent makes ε.
+      ascent: the batch that ε is made from, whose gradient is g.
       descent: the perturbed parameters -> the batch on which gᵃ is taken there.
-      recompute: whether a step that does not ascend must take its gradient anew, on the
-        descent's batch, because g is that of too few or of other examples.
+      recompute: whether g is that of too few or of other examples, so that it is not
+        what gᵃ is to be compared with, nor what a step without gᵃ is to descend on. The
+        descent's batch then gives its own gradient to whoever needs it. Default False.
     """
 
     seen: Pass
-    ascent_gradient: Any
+    ascent: Batch
     descent: Callable[[Any], Batch]
     recompute: bool = False
 
@@ -36,8 +39,7 @@ DataRule = Callable[[Batch, Any], Choice]
 
 def same_batch(batch: Batch, params: Any) -> Choice:
     """Both gradients on the whole batch: the rule of a step without any."""
-    seen = batch.gradient(params)
-    return Choice(seen, seen.gradient, lambda point: batch)
+    return Choice(batch.gradient(params), batch, lambda point: batch)
 
 
 def another_batch(examples: Any) -> DataRule:
@@ -47,8 +49,12 @@ def another_batch(examples: Any) -> DataRule:
         is_single = len(batch.examples) == 1
         others = [examples] if is_single else list(examples)
         _check_match(batch.examples, others)
-        g = batch.replace(others).gradient(params).gradient
-        return Choice(batch.forward(params), g, lambda point: batch, recompute=True)
+        return Choice(
+            batch.forward(params),
+            batch.replace(others),
+            lambda point: batch,
+            recompute=True,
+        )
 
     return rule
 
@@ -86,8 +92,9 @@ def sub_batch(fraction: float) -> DataRule:
       >>> print(loss, grads.gradients)
       1.0 0.0
 
-    Cost: 1 + fraction gradients on a step that ascends. One that does not takes the
-      gradient of the whole batch, so that it descends on all of it.
+    Cost: 1 + fraction gradients on a step that ascends, if d = gᵃ. What compares gᵃ
+      with the gradient at w (GSAM, StableSAM, WSAM, LookSAM) takes that of the whole
+      batch besides, and so does a step that does not ascend.
     """
     _check_fraction(fraction)
 
@@ -95,11 +102,10 @@ def sub_batch(fraction: float) -> DataRule:
         size, count = batch.size, _count(fraction, batch.size)
         _check_count(count, size, "fraction")
         if size % count:
-            part = batch.take(jnp.arange(count) * size // count)
+            part = batch.take(np.arange(count) * size // count)
         else:  # a slice stays on the devices that hold the examples
             part = batch.take(slice(None, None, size // count))
-        seen = part.gradient(params)
-        return Choice(seen, seen.gradient, lambda point: batch, recompute=True)
+        return Choice(part.gradient(params), part, lambda point: batch, recompute=True)
 
     return rule
 
@@ -160,7 +166,7 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
             rise = batch.forward(point).losses - before
             return batch.take(_largest(rise, count))
 
-        return Choice(seen, seen.gradient, descent)
+        return Choice(seen, batch, descent)
 
     return rule
 
@@ -214,14 +220,13 @@ def k_sam(k: int) -> DataRule:
             )
         seen = batch.forward(params)
         chosen = batch.take(_largest(seen.losses, k))
-        g = chosen.gradient(params).gradient
-        return Choice(seen, g, lambda point: chosen)
+        return Choice(seen, chosen, lambda point: chosen)
 
     return rule
 
 
 def _largest(values: jax.Array, count: int) -> jax.Array:
-    return jax.lax.top_k(values, count)[1]
+    return jax.lax.top_k(layout.replicate(values), count)[1]
 
 
 def _check_fraction(fraction: Any, name: str = "fraction") -> None:

@@ -6,8 +6,6 @@ and then over the devices of an axis. The core sees the result: a mean gradient,
 function for further ones, and the map that runs the path from g to d once per group.
 """
 
-import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_optax import _layout as layout
 from sam_optax import _tree
 from sam_optax._batch import Batch
-from sam_optax._core import Evaluation
+from sam_optax._core import Evaluation, GradFn
 from sam_optax._data import DataRule
 from sam_optax._hyperparameters import check_positive_integer
 
-Path = Callable[[Any, Callable[[Any], Evaluation], Any], Any]
+Path = Callable[[Any, GradFn, Any], Any]
 
 
 class Grouping(NamedTuple):
@@ -34,15 +33,15 @@ class Grouping(NamedTuple):
     def look(self, batch: Batch, params: Any, rule: DataRule) -> "Look":
         """What a step sees of its examples."""
         if self.axis is None:
-            return self._look_here(batch, params, rule, lambda tree: tree)
+            return self._look_here(batch, params, rule)
+        self.axis.check()
         own = self.axis.vary(params)
-        here = self._look_here(batch, own, rule, self.axis.vary)
-        return look_across(self.axis, here)
+        return look_across(self.axis, self._look_here(batch, own, rule))
 
-    def _look_here(self, batch, params, rule, vary):
+    def _look_here(self, batch, params, rule):
         if self.m is None:
             return look_at(batch, params, rule)
-        return look_in_groups(batch, params, rule, self.m, self.how, vary)
+        return look_in_groups(batch, params, rule, self.m, self.how, self.axis)
 
 
 def make_grouping(
@@ -120,9 +119,8 @@ class Look(NamedTuple):
       loss: at the parameters.
       aux: auxiliary output there.
       gradient: g there.
-      evaluate: point -> gradient and losses for the descent.
-      recompute: whether g is not the gradient to descend on; see `Choice`.
-      per_group: path -> the mean of `path(g_i, evaluate_i, i)` over groups, or None if
+      grad_fn: gradients and losses elsewhere.
+      per_group: path -> the mean of `path(g_i, grad_fn_i, i)` over groups, or None if
         there is but one.
       groups: how many there are.
     """
@@ -130,24 +128,28 @@ class Look(NamedTuple):
     loss: jax.Array
     aux: Any
     gradient: Any
-    evaluate: Callable[[Any], Evaluation]
-    recompute: bool
+    grad_fn: GradFn
     per_group: Callable[[Path], Any] | None = None
     groups: int = 1
 
 
 def look_at(batch: Batch, params: Any, rule: DataRule) -> Look:
     """All examples as one group."""
-    choice = rule(batch, params)
+    seen, ascent, descent, recompute = rule(batch, params)
 
-    def evaluate(point):
-        chosen = choice.descent(point)
-        there, seen = chosen.gradient(point), choice.seen
+    def evaluate(chosen, point):
+        there = chosen.gradient(point)
         here = seen if seen.batch is chosen else chosen.forward(params)
         return Evaluation(there.gradient, there.loss, here.loss)
 
-    seen = choice.seen
-    return Look(seen.loss, seen.aux, choice.ascent_gradient, evaluate, choice.recompute)
+    is_taken = seen.batch is ascent and seen.gradient is not None
+    g = seen.gradient if is_taken else ascent.gradient(params).gradient
+    grad_fn = GradFn(
+        descent=lambda point: evaluate(descent(point), point),
+        ascent=lambda point: evaluate(ascent, point),
+        recompute=recompute,
+    )
+    return Look(seen.loss, seen.aux, g, grad_fn)
 
 
 # --- Groups of m examples on one device.
@@ -159,7 +161,7 @@ def look_in_groups(
     rule: DataRule,
     m: int,
     how: str | None,
-    vary: Callable[[Any], Any],
+    axis: "Axis | None",
 ) -> Look:
     """Groups of m examples each, in the order of the batch."""
     if batch.size % m:
@@ -167,113 +169,162 @@ def look_in_groups(
             f"m must divide the batch: {batch.size} examples do not make groups of {m}."
         )
     count = batch.size // m
-    how = default_map(count) if how is None else how
-    mean_over = functools.partial(_MAPS[how], count=count, vary=vary)
-    stacked = [
-        jax.tree.map(lambda x: x.reshape(count, m, *x.shape[1:]), tree)
-        for tree in batch.examples
-    ]
-    recompute = False
+    if how is None:
+        how = default_map(count, is_mapped=axis is not None)
+    groups = _MAPS[how](count, (lambda tree: tree) if axis is None else axis.vary)
+    examples = groups.split(batch.examples)
+    recomputes = []  # what the rule says, as soon as it has been traced
 
     def look(examples):
-        nonlocal recompute
         one = look_at(batch.replace(examples), params, rule)
-        recompute = one.recompute
+        recomputes.append(one.grad_fn.recompute)
         return one
-
-    # One after another, groups are there to save memory, so that the gradient of each
-    # is not kept for its path, but taken again.
-    keeps = how != "scan"
 
     def first(examples):
         one = look(examples)
-        if keeps:
-            return None, (one.loss, one.aux, one.gradient)
-        return one.gradient, (one.loss, one.aux, None)
+        kept = one.gradient if groups.keeps_gradients else None
+        return one.gradient, (one.loss, one.aux, kept)
 
-    gradient, (losses, aux, gradients) = mean_over(first, stacked)
-    if keeps:
-        gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0), gradients)
+    gradient, each = groups.run(first, examples)
+    losses, aux, _ = groups.stack(each)
 
-    def evaluate(point):
-        return mean_over(lambda e: (look(e).evaluate(point), None), stacked)[0]
+    def mean_of(choose):
+        def evaluate(point):
+            return groups.run(lambda e: (choose(look(e))(point), None), examples)[0]
+
+        return evaluate
 
     def per_group(path):
-        def follow(examples, g, index):
+        def follow(examples, kept, index):
             one = look(examples)
-            return path(one.gradient if g is None else g, one.evaluate, index), None
+            g = kept[2] if groups.keeps_gradients else one.gradient
+            return path(g, one.grad_fn, index), None
 
-        indices = _like_first_axis(jnp.arange(count), stacked)
-        return mean_over(follow, stacked, gradients, indices)[0]
+        return groups.run(follow, examples, each, groups.indices(examples))[0]
 
-    loss = jnp.mean(losses)
-    return Look(loss, aux, gradient, evaluate, recompute, per_group, count)
+    grad_fn = GradFn(
+        descent=mean_of(lambda one: one.grad_fn.descent),
+        ascent=mean_of(lambda one: one.grad_fn.ascent),
+        recompute=recomputes[0],
+    )
+    return Look(jnp.mean(losses), aux, gradient, grad_fn, per_group, count)
 
 
-def default_map(count: int) -> str:
+def default_map(count: int, *, is_mapped: bool = False) -> str:
     """How groups run if nothing is said, by what `benchmarks/groups.py` measures.
 
-    Over several devices, a loop would take the groups of one device after those of
-    another. On one, each group in a program of its own is fastest, as long as compiling
-    that many is bearable.
+    Over several devices under jit, a loop would take the groups of one device after
+    those of another. Elsewhere all groups are on one device, where each in a program of
+    its own is fastest, as long as compiling that many is bearable.
     """
-    if jax.device_count() > 1:
+    if jax.device_count() > 1 and not is_mapped:
         return "vmap"
     return "unroll" if count <= 16 else "scan"
 
 
-def _like_first_axis(indices: jax.Array, examples: Any) -> jax.Array:
-    """Laid out over the devices as the examples are.
+class _Together:
+    """Groups as a mapped axis."""
 
-    Under a mesh with explicit axes, everything that is mapped must be, and there the
-    layout is part of the type. With automatic axes the type names none.
-    """
-    for leaf in jax.tree.leaves(examples):
-        sharding = jax.typeof(leaf).sharding
-        axes = sharding.spec[0] if len(sharding.spec) else None
-        if axes is not None:
-            spec = jax.sharding.PartitionSpec(axes)
-            return jax.sharding.reshard(
-                indices, jax.sharding.NamedSharding(sharding.mesh, spec)
-            )
-    return indices
+    keeps_gradients = True
 
+    def __init__(self, count: int, vary: Callable[[Any], Any]):
+        self.count, self.vary = count, vary
 
-def _together(function, *trees, count, vary):
-    del count, vary
-    averaged, stacked = jax.vmap(function)(*trees)
-    return jax.tree.map(_mean_over_groups, averaged), stacked
+    def split(self, examples):
+        """One value per group, in whatever form `run` takes them."""
+        return self._split(examples, together=True)
 
+    def _split(self, examples, together):
+        def split_leaf(x):
+            return layout.split(x, self.count, together=together)
 
-def _unrolled(function, *trees, count, vary):
-    del vary
-    results = [
-        function(*jax.tree.map(lambda x, i=i: x[i], trees)) for i in range(count)
-    ]
-    averaged, stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *results)
-    return jax.tree.map(_mean_over_groups, averaged), stacked
+        return jax.tree.map(split_leaf, examples)
 
+    def indices(self, examples) -> Any:
+        return layout.like_first_axis(jnp.arange(self.count), examples)
 
-def _one_after_another(function, *trees, count, vary):
-    shapes, _ = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], trees))
+    def run(self, function, *values):
+        """(mean of the first results over groups, the second results of each)."""
+        averaged, each = jax.vmap(function)(*values)
 
-    def body(total, slices):
-        averaged, stacked = function(*slices)
-        return jax.tree.map(jnp.add, total, averaged), stacked
+        # Counters and keys have no mean, and the core does not ask for it.
+        def mean(x):
+            return jnp.mean(x, axis=0) if _tree.is_inexact(x) else x[0]
 
-    start = vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-    total, stacked = jax.lax.scan(body, start, trees)
-    return jax.tree.map(lambda x: x / count if _tree.is_inexact(x) else x, total), (
-        stacked
-    )
+        return jax.tree.map(mean, averaged), each
+
+    def stack(self, each):
+        """What each group has, along a first axis."""
+        return each
 
 
-_MAPS = {"vmap": _together, "unroll": _unrolled, "scan": _one_after_another}
+class _Unrolled(_Together):
+    """Groups as a Python list; at no time need more than one be in memory."""
+
+    def split(self, examples):
+        stacked = self._split(examples, together=False)
+        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.count)]
+
+    def indices(self, examples) -> Any:
+        return list(range(self.count))
+
+    def run(self, function, *values):
+        like, first = function(*[value[0] for value in values])
+        total, each = _tree.at_least_float32(like), [first]
+        for group in zip(*[value[1:] for value in values], strict=True):
+            averaged, kept = function(*group)
+            total = jax.tree.map(_add, total, _tree.at_least_float32(averaged))
+            each.append(kept)
+        return self._mean(total, like), each
+
+    def _mean(self, total, like):
+        def mean(x, like):
+            is_float = _tree.is_inexact(like)
+            return jnp.asarray(x / self.count if is_float else x, _dtype(like))
+
+        return jax.tree.map(mean, total, like)
+
+    def stack(self, each):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-def _mean_over_groups(x: jax.Array) -> jax.Array:
-    # Counters and keys have no mean; the core does not ask for it.
-    return jnp.mean(x, axis=0) if _tree.is_inexact(x) else x[0]
+class _OneAfterAnother(_Unrolled):
+    """Groups as the steps of a loop, so that the gradient of each is not kept for its
+    path, but taken again."""
+
+    keeps_gradients = False
+
+    def split(self, examples):
+        return self._split(examples, together=False)
+
+    def indices(self, examples) -> Any:
+        return jnp.arange(self.count)
+
+    def run(self, function, *values):
+        like, _ = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], values))
+
+        def body(total, group):
+            averaged, kept = function(*group)
+            return jax.tree.map(_add, total, _tree.at_least_float32(averaged)), kept
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+        start = self.vary(_tree.at_least_float32(zeros))
+        total, each = jax.lax.scan(body, start, values)
+        return self._mean(total, like), each
+
+    def stack(self, each):
+        return each
+
+
+def _add(total, x):
+    return total + x if _tree.is_inexact(x) else x
+
+
+def _dtype(x):
+    return getattr(x, "dtype", None) or jnp.result_type(x)
+
+
+_MAPS = {"vmap": _Together, "unroll": _Unrolled, "scan": _OneAfterAnother}
 
 
 # --- Groups of devices.
@@ -292,6 +343,17 @@ class Axis(NamedTuple):
     shared: tuple[str, ...]
     index_groups: tuple[tuple[int, ...], ...] | None
 
+    def check(self) -> None:
+        """What can be known of the axis only where it is mapped."""
+        if self.index_groups is None:
+            return
+        size, grouped = jax.lax.axis_size(self.names), sum(map(len, self.index_groups))
+        if size != grouped:
+            raise ValueError(
+                f"axis_index_groups must hold every index of the axis: it has {size}, "
+                f"and the lists {grouped}."
+            )
+
     def vary(self, tree: Any) -> Any:
         """Marks what is equal on all devices as if it were not.
 
@@ -302,8 +364,11 @@ class Axis(NamedTuple):
 
         def vary_leaf(x):
             for name in self.names:
-                with contextlib.suppress(ValueError):  # where it varies already
+                try:
                     x = jax.lax.pcast(x, name, to="varying")
+                except ValueError as error:
+                    if "from=varying" not in str(error):
+                        raise  # other than that it varies already
             return x
 
         return jax.tree.map(vary_leaf, tree)
@@ -340,28 +405,24 @@ class Axis(NamedTuple):
 
 def look_across(axis: Axis, here: Look) -> Look:
     """What the devices of an axis see together, from what one of them does."""
+    own = here.grad_fn.map(lambda evaluate: lambda point: evaluate(axis.vary(point)))
 
-    def evaluate_here(point):
-        return here.evaluate(axis.vary(point))
-
-    def evaluate(point):
-        return axis.mean(evaluate_here(point))
+    def averaged(mean):
+        return own.map(lambda evaluate: lambda point: mean(evaluate(point)))
 
     def per_group(path):
-        def follow(g, evaluate, index):
-            return path(g, evaluate, axis.group() * here.groups + index)
+        def follow(g, grad_fn, index):
+            return path(g, grad_fn, axis.group() * here.groups + index)
 
         if here.per_group is not None:
             return axis.mean(here.per_group(follow))
         shared_g = axis.shared_mean(here.gradient)
-        return axis.mean(
-            follow(shared_g, lambda point: axis.shared_mean(evaluate_here(point)), 0)
-        )
+        return axis.mean(follow(shared_g, averaged(axis.shared_mean), 0))
 
     is_one_group = axis.shared == axis.names and axis.index_groups is None
     return here._replace(
         loss=axis.mean(here.loss),
         gradient=axis.mean(here.gradient),
-        evaluate=evaluate,
+        grad_fn=averaged(axis.mean),
         per_group=None if is_one_group else per_group,
     )

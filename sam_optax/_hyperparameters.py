@@ -45,9 +45,19 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
 
 
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_positive_integer(name: str, value: Any) -> None:
-    """Raises for what is no Python integer >= 1: such options choose code."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Raises for what is no integer >= 1."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_static_integer(name: str, value: Any) -> None:
+    """The same for a hyperparameter, which `optax.inject_hyperparams` would trace."""
+    if not is_integer(value) or value < 1:
         raise ValueError(
             f"{name} must be an integer >= 1, got {value!r}. It chooses code, so it is "
             "neither traced nor scheduled: under optax.inject_hyperparams, pass "

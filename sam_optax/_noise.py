@@ -16,7 +16,7 @@ from sam_optax._ascent import require_params
 from sam_optax._hyperparameters import (
     ScalarOrSchedule,
     check_number,
-    check_positive_integer,
+    check_static_integer,
     scheduled,
 )
 from sam_optax._perturb import round_to_nearest
@@ -181,7 +181,7 @@ def ascend_repeatedly(
       ValueError: if steps is not a positive integer, or, from `update`, without params
         or grad_fn.
     """
-    check_positive_integer("steps", steps)
+    check_static_integer("steps", steps)
     ascent = optax.with_extra_args_support(ascent)
 
     def update_fn(

@@ -12,7 +12,7 @@ from sam_optax import _tree
 from sam_optax._hyperparameters import (
     ScalarOrSchedule,
     check_number,
-    check_positive_integer,
+    check_static_integer,
     value_at,
 )
 from sam_optax._random import Key, key_stream
@@ -94,7 +94,7 @@ def _masked_by(
     refresh: (key, step, mask, |g|, number to keep) -> mask.
     """
     check_number("sparsity", sparsity, at_least=0, below=1)
-    check_positive_integer("refresh_every", every)
+    check_static_integer("refresh_every", every)
     keys = key_stream(key)
 
     def kept(size):
@@ -103,6 +103,8 @@ def _masked_by(
     def init_fn(params):
         scores = _tree.uniform_like(keys.next(keys.start())[0], params)
         mask = _keep_largest(scores, kept(_tree.size(params)))
+        # Laid out as the parameters are, also where that is part of an array's type.
+        mask = jax.tree.map(lambda keep, w: keep & ~(abs(w) < 0), mask, params)
         return SparseState(jnp.zeros((), jnp.int32), keys.start(), mask)
 
     def update_fn(updates, state, params=None, *, ascent_gradient=None, **extra_args):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _tree
 from sam_optax._hyperparameters import (
     ScalarOrSchedule,
     check_number,
@@ -79,7 +80,8 @@ def saf(
       - penalty(state, outputs, index) -> the term for each example of the batch, shape
         (batch,): add it to the losses before their mean. outputs has shape
         (batch, num_outputs); index, shape (batch,), holds the positions of the examples
-        in the training set, each at most once.
+        in the training set, each at most once. An index out of range, such as -1 for
+        padding, has no term, and nothing is stored for it.
       - update(state, outputs, index) -> the next state, after each step. Outputs that
         are not finite are not stored.
 
@@ -134,13 +136,19 @@ def saf(
                 f"got {jnp.shape(outputs)} and {jnp.shape(index)}."
             )
 
+    def locate(index):
+        index = jnp.asarray(index, jnp.int32)
+        is_known = (index >= 0) & (index < num_examples)
+        return jnp.where(is_known, index, 0), is_known
+
     def penalty_fn(state: SafState, outputs: Any, index: Any) -> jax.Array:
         check(outputs, index)
+        index, is_known = locate(index)
         visits = state.visits[index]
         past = state.past_outputs[index, visits % lag]
         divergence = _divergence(past, outputs, value_at(temperature, state.saf_step))
         return _weigh(
-            jnp.where(visits >= lag, divergence, 0),
+            jnp.where(is_known & (visits >= lag), divergence, 0),
             weight,
             state.saf_step,
             start,
@@ -149,10 +157,11 @@ def saf(
 
     def update_fn(state: SafState, outputs: Any, index: Any) -> SafState:
         check(outputs, index)
+        index, is_known = locate(index)
         outputs = jax.lax.stop_gradient(outputs).astype(dtype)
-        is_finite = jnp.all(jnp.isfinite(outputs), axis=-1)
+        is_kept = is_known & jnp.all(jnp.isfinite(outputs), axis=-1)
         # An index out of range is one that scatter drops.
-        kept = jnp.where(is_finite, index, num_examples)
+        kept = jnp.where(is_kept, index, num_examples)
         slot = state.visits[index] % lag
         return SafState(
             optax.safe_increment(jnp.asarray(state.saf_step)),
@@ -193,7 +202,8 @@ def mesa(
     Returns:
       A `TrajectoryLoss`:
 
-      - init(params) -> state, whose `average` starts at the parameters.
+      - init(params) -> state, whose `average` starts at the parameters, in at least
+        float32.
       - penalty(state, outputs, average_outputs) -> the term for each example, shape
         (batch,): add it to the losses before their mean. average_outputs are the
         model's outputs at `state.average`; no gradient goes through them.
@@ -234,7 +244,8 @@ def mesa(
 
     def init_fn(params: Any) -> MesaState:
         # A copy, so that the parameters can be donated.
-        return MesaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
+        average = jax.tree.map(jnp.array, _tree.at_least_float32(params))
+        return MesaState(jnp.zeros((), jnp.int32), average)
 
     def penalty_fn(state: MesaState, outputs: Any, average_outputs: Any) -> jax.Array:
         if jnp.shape(outputs) != jnp.shape(average_outputs) or jnp.ndim(outputs) != 2:
@@ -267,7 +278,10 @@ def _divergence(target: Any, outputs: Any, temperature: Any) -> jax.Array:
         jax.lax.stop_gradient(target).astype(dtype) / temperature
     )
     predicted = jax.nn.log_softmax(outputs.astype(dtype) / temperature)
-    kl = jnp.sum(jnp.exp(target) * (target - predicted), axis=-1)
+    # Where the target is impossible, as a masked class is, nothing is lost: 0 · log 0.
+    impossible = jnp.isneginf(target)
+    difference = jnp.where(impossible, 0, target) - jnp.where(impossible, 0, predicted)
+    kl = jnp.sum(jnp.exp(target) * difference, axis=-1)
     return jnp.asarray(temperature, dtype) ** 2 * kl
 
 

@@ -54,13 +54,13 @@ def sam_value_and_grad(
       batch_argnames: the same for arguments that are passed by keyword only. Default
         none.
       m: one perturbation for each m examples of the batch, in their order, instead of
-        one for all of them: m-sharpness. It must divide the batch. d is the mean over
-        the groups, and the auxiliary output gains a leading axis of groups. Default
-        None: one perturbation.
+        one for all of them: m-sharpness. It must divide the batch, and the loss be a
+        mean over examples. d is the mean over the groups, and the auxiliary output,
+        of arrays, gains an axis of groups. Default None: one perturbation.
       map_groups: how the groups of m run: `"vmap"` together, `"unroll"` in a program
         that contains each, `"scan"` one after another, which keeps the memory of one
-        group, and costs a forward pass more. Default None: `"vmap"` where there are
-        several devices; on one, `"unroll"` up to 16 groups, and `"scan"` beyond.
+        group, and costs a forward pass more. Default None: under jit with several
+        devices `"vmap"`; else `"unroll"` up to 16 groups, and `"scan"` beyond.
       axis_name: the axis, or axes, of a `pmap` or `shard_map` over which the batch is
         spread. Gradients and the loss are averaged over it; do not do so again. The
         auxiliary output is that of the device. Default None: under `jit` with sharded
@@ -80,8 +80,9 @@ def sam_value_and_grad(
         is found by its class.
       - ascend: overrides the cadence for this step, as in `sharpness_aware`.
       - ascent_batch: other examples for the gradient from which ε is made, in the place
-        of those of `batch_argnums` (a tuple for several), of any number. A step that
-        does not ascend takes its gradient on the batch itself.
+        of those of `batch_argnums` (a tuple for several), of any number. What compares
+        gᵃ with the gradient at w, and a step that does not ascend, takes that gradient
+        on the batch itself.
       - extra_args: a dict of extra arguments for the update of `tx`, such as the
         `full_gradient` of `sam_full`.
 
@@ -238,7 +239,7 @@ class _Passes:
         """(loss or (loss, aux), g, the further arguments of the update)."""
         batch = make_batch(self._loss_fn, self._has_aux, args, kwargs, *self._where)
         look = self._grouping.look(batch, params, self._rule_for(ascent_batch))
-        for_update = {"grad_fn": look.evaluate, "recompute": look.recompute}
+        for_update: dict[str, Any] = {"grad_fn": look.grad_fn}
         if look.per_group is not None:
             for_update["per_group"] = look.per_group
         value = (look.loss, look.aux) if self._has_aux else look.loss
@@ -261,7 +262,8 @@ def _merged(
     """The user's extra arguments and our own."""
     if extra_args is None:
         return for_update
-    reserved = {*for_update, "ascend", "value", "per_group"} & set(extra_args)
+    own = {"grad_fn", "per_group", "ascend", "value", "carry_state", "carry_report"}
+    reserved = own & set(extra_args)
     if reserved:
         raise ValueError(
             f"extra_args has {sorted(reserved)[0]!r}, which sam_value_and_grad passes "

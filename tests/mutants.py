@@ -31,7 +31,9 @@ MUTANTS = {
         "_perturb.py", "_sum(w, e).astype(jnp.result_type(w)), params", "w, params"
     ),
     "second gradient taken at w": Mutant(
-        "_core.py", "evaluate(perturb(params, perturbation, group))", "evaluate(params)"
+        "_core.py",
+        "evaluate.descent(perturb(params, perturbation, group))",
+        "evaluate.descent(params)",
     ),
     "dropped EMA": Mutant(
         "_ascent.py",
@@ -117,7 +119,7 @@ MUTANTS = {
     ),
     "cadence forgets": Mutant(
         "_core.py",
-        "return step, cadence.remember(step.d, g, cadence_state)",
+        "return step, cadence.remember(step.d, plain, cadence_state)",
         "return step, cadence_state",
     ),
     "ascend= ignored": Mutant(
@@ -391,20 +393,20 @@ MUTANTS = {
     ),
     "a skipped step descends on the sub-batch": Mutant(
         "_core.py",
-        "evaluate(params).gradient if recompute else g",
+        "evaluate.descent(params).gradient if evaluate.recompute else g",
         "g",
         first="does_not_ascend",
     ),
     "sub-batch for both gradients": Mutant(
         "_data.py",
-        "return Choice(seen, seen.gradient, lambda point: batch, recompute=True)",
-        "return Choice(seen, seen.gradient, lambda point: part, recompute=True)",
+        "Choice(part.gradient(params), part, lambda point: batch, recompute=True)",
+        "Choice(part.gradient(params), part, lambda point: part, recompute=True)",
         first="sub_batch",
     ),
     "another batch for both gradients": Mutant(
         "_data.py",
-        "g, lambda point: batch, recompute=True)",
-        "g, lambda point: other, recompute=True)",
+        "            lambda point: batch,\n            recompute=True,",
+        "            lambda point: batch.replace(others),\n            recompute=True,",
         first="another_batch",
     ),
     "ESAM selects the smallest increase": Mutant(
@@ -424,14 +426,14 @@ MUTANTS = {
     ),
     "K-SAM's second gradient on the batch": Mutant(
         "_data.py",
-        "Choice(seen, g, lambda point: chosen)",
-        "Choice(seen, g, lambda point: batch)",
+        "Choice(seen, chosen, lambda point: chosen)",
+        "Choice(seen, chosen, lambda point: batch)",
         first="k_sam",
     ),
     "K-SAM's first gradient on the batch": Mutant(
         "_data.py",
-        "chosen.gradient(params).gradient",
-        "batch.gradient(params).gradient",
+        "Choice(seen, chosen, lambda point: chosen)",
+        "Choice(seen, batch, lambda point: chosen)",
         first="k_sam",
     ),
     "the gap against another batch's loss": Mutant(
@@ -454,27 +456,29 @@ MUTANTS = {
     ),
     "no mean of the second gradient": Mutant(
         "_groups.py",
-        "return axis.mean(evaluate_here(point))",
-        "return evaluate_here(point)",
+        "grad_fn=averaged(axis.mean),",
+        "grad_fn=own,",
         first="every_setting",
     ),
     "the mean of the second gradient a sum": Mutant(
         "_groups.py",
-        "return axis.mean(evaluate_here(point))",
-        "return jax.lax.psum(evaluate_here(point), axis.names)",
+        "grad_fn=averaged(axis.mean),",
+        "grad_fn=averaged(lambda tree: jax.lax.psum(tree, axis.names)),",
         first="every_setting",
     ),
     "no mean over the groups of devices": Mutant(
         "_groups.py",
-        "        return axis.mean(\n            follow(",
-        "        return (lambda tree: tree)(\n            follow(",
+        "return axis.mean(follow(shared_g, averaged(axis.shared_mean), 0))",
+        "return follow(shared_g, averaged(axis.shared_mean), 0)",
         first="every_setting",
     ),
     "the mean over the groups of devices a sum": Mutant(
         "_groups.py",
-        "        return axis.mean(\n            follow(",
-        "        return jax.tree.map(lambda x: jax.lax.psum(x, axis.names),\n"
-        "            follow(",
+        "return axis.mean(follow(shared_g, averaged(axis.shared_mean), 0))",
+        "return jax.tree.map(\n"
+        "            lambda x: jax.lax.psum(x, axis.names),\n"
+        "            follow(shared_g, averaged(axis.shared_mean), 0),\n"
+        "        )",
         first="every_setting",
     ),
     "no mean over devices with groups of examples": Mutant(
@@ -497,8 +501,8 @@ MUTANTS = {
     ),
     "devices that share have second gradients of their own": Mutant(
         "_groups.py",
-        "lambda point: axis.shared_mean(evaluate_here(point))",
-        "evaluate_here",
+        "averaged(axis.shared_mean)",
+        "own",
         first="may_share",
     ),
     "gradients arrive summed under check_vma": Mutant(
@@ -509,8 +513,8 @@ MUTANTS = {
     ),
     "second gradients arrive summed under check_vma": Mutant(
         "_groups.py",
-        "return here.evaluate(axis.vary(point))",
-        "return here.evaluate(point)",
+        "lambda point: evaluate(axis.vary(point)))",
+        "lambda point: evaluate(point))",
         first="every_setting",
     ),
     "one perturbation where each device has its own": Mutant(
@@ -521,8 +525,8 @@ MUTANTS = {
     ),
     "all groups have one number": Mutant(
         "_groups.py",
-        "indices = _like_first_axis(jnp.arange(count), stacked)",
-        "indices = _like_first_axis(0 * jnp.arange(count), stacked)",
+        "return path(g, one.grad_fn, index), None",
+        "return path(g, one.grad_fn, 0 * index), None",
         first="own_noise",
     ),
     "all devices have one number": Mutant(
@@ -538,19 +542,37 @@ MUTANTS = {
         first="on_each_of_several or agree_between or each_device",
     ),
     "a sum over groups one after another": Mutant(
-        "_groups.py", "x / count if", "x if", first="however_they_run"
+        "_groups.py", "x / self.count if", "x if", first="however_they_run"
     ),
     "g of the first groups alone": Mutant(
         "_groups.py",
-        "gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0), gradients)",
-        "gradient = jax.tree.map(lambda x: x[0], gradients)",
+        "return jax.tree.map(mean, averaged), each",
+        "return jax.tree.map(lambda x: x[0], averaged), each",
         first="nan_in_one or second_door",
+    ),
+    "groups summed in half precision": Mutant(
+        "_groups.py",
+        "start = self.vary(_tree.at_least_float32(zeros))",
+        "start = self.vary(zeros)",
+        first="half_precision",
+    ),
+    "further ascent steps on the descent's examples": Mutant(
+        "_groups.py",
+        "ascent=lambda point: evaluate(ascent, point)",
+        "ascent=lambda point: evaluate(descent(point), point)",
+        first="further_ascent",
+    ),
+    "LookSAM keeps what lies across the ascent's gradient": Mutant(
+        "_core.py",
+        "cadence.remember(step.d, plain, cadence_state)",
+        "cadence.remember(step.d, g, cadence_state)",
+        first="look_sam_keeps",
     ),
     "a skipped step descends on one group": Mutant(
         "_groups.py",
-        "return mean_over(lambda e: (look(e).evaluate(point), None), stacked)[0]",
-        "return look(jax.tree.map(lambda x: x[0], stacked)).evaluate(point)",
-        first="does_not_ascend",
+        "return groups.run(lambda e: (choose(look(e))(point), None), examples)[0]",
+        "return choose(look_at(batch.take(slice(0, m)), params, rule))(point)",
+        first="half_precision",
     ),
     "sparse masks keep one more": Mutant(
         "_sparse.py", "before(position)) <= room", "before(position)) <= room + 1"
@@ -566,8 +588,8 @@ MUTANTS = {
     ),
     "KL the other way round": Mutant(
         "_trajectory_loss.py",
-        "jnp.exp(target) * (target - predicted)",
-        "jnp.exp(predicted) * (predicted - target)",
+        "jnp.exp(target) * difference",
+        "-jnp.exp(predicted) * difference",
         first="saf or mesa",
     ),
     "no factor of the temperature": Mutant(

@@ -97,6 +97,26 @@ def test_one_group_of_the_whole_batch_is_one_perturbation():
 def test_how_groups_run_by_default(monkeypatch, devices, count, expected):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     assert default_map(count) == expected
+    alone = "unroll" if count <= 16 else "scan"
+    assert default_map(count, is_mapped=True) == alone
+
+
+@pytest.mark.parametrize("map_groups", ["vmap", "unroll", "scan"])
+def test_half_precision_gradients_are_averaged_in_float32(map_groups):
+    """A sum of 1024 in bfloat16 stops at 256, and one in float16 overflows."""
+
+    def loss_fn(w, x):
+        return jnp.mean(jnp.sum(w * x, axis=-1))
+
+    for dtype, size, value in (("bfloat16", 1024, 1.0), ("float16", 64, 2000.0)):
+        count = size if map_groups != "unroll" else 64
+        x = jnp.full((count, 2), value, dtype)
+        helper = sam_optax.value_and_ascent_grad(loss_fn, m=1, map_groups=map_groups)
+        _, g, extra = helper(jnp.ones(2, dtype), x)
+        assert g.dtype == dtype
+        np.testing.assert_array_equal(g.astype(float), value)
+        again = extra["grad_fn"](jnp.ones(2, dtype)).gradient
+        np.testing.assert_array_equal(again.astype(float), value)
 
 
 # --- Groups of devices, and groups on each device.
@@ -137,7 +157,7 @@ def test_two_devices_may_share_a_perturbation():
     assert_trees_close(by_axis, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("map_groups", ["unroll", "scan"])
+@pytest.mark.parametrize("map_groups", ["vmap", "unroll", "scan"])
 def test_groups_of_examples_on_each_of_several_devices(map_groups):
     options = {"m": 2, "sync_perturbation": False, "map_groups": map_groups}
     expected = trained_with_groups_of(2)
@@ -194,20 +214,87 @@ def test_state_comes_out_with_the_shardings_it_went_in_with(layout, per_group):
     assert_like_one_device([trained], per_group, KINDS)
 
 
-@pytest.mark.parametrize("per_group", [False, True], ids=["one", "per_group"])
-def test_a_mesh_of_explicit_axes_works_as_well(per_group):
+def explicit_mesh():
     """The default of `jax.make_mesh`, where shardings are part of types."""
     mesh = jax.make_mesh(
         (table.DEVICES,), ("data",), devices=jax.devices()[: table.DEVICES]
     )
     assert mesh.axis_types == (AxisType.Explicit,)
-    start, step = table.make_grouped_step(KINDS, per_group)
-    with jax.set_mesh(mesh):
+    return mesh
+
+
+@pytest.mark.parametrize("map_groups", [None, "vmap", "unroll", "scan"])
+def test_a_mesh_of_explicit_axes_works_as_well(map_groups):
+    per_group = map_groups is not None
+    start, step = table.make_grouped_step(KINDS, per_group, map_groups)
+    with jax.set_mesh(explicit_mesh()):
         states = jax.device_put(start(table.make_params()), P())
         params = table.train(
             jax.jit(step), states, lambda batch: jax.device_put(batch, P("data"))
         )
         assert_like_one_device([jax.device_get(params)], per_group, KINDS)
+
+
+@pytest.mark.parametrize("groups", [2, 8, 16])
+def test_any_number_of_groups_on_a_mesh_of_explicit_axes(groups):
+    """Also fewer than devices, or not a multiple of them."""
+    m = table.DEVICES * table.GROUP // groups
+    expected = trained_with_groups_of(m, ["fsam"])
+    start, step = table.make_step(["fsam"], m=m)
+    with jax.set_mesh(explicit_mesh()):
+        states = jax.device_put(start(table.make_params()), P())
+        params = table.train(
+            jax.jit(step), states, lambda batch: jax.device_put(batch, P("data"))
+        )
+    assert_trees_close(jax.device_get(params), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        sam_optax.k_sam(3),
+        sam_optax.k_sam(4),
+        sam_optax.largest_increase(0.5),
+        sam_optax.sub_batch(0.25),
+        sam_optax.sub_batch(0.3),
+    ],
+)
+def test_data_rules_on_a_mesh_of_explicit_axes(rule):
+    def losses(w, x, y):
+        hidden = jnp.tanh(x @ w["in"] + w["shift"])
+        return jnp.square(hidden @ w["out"] - y)
+
+    sam = sam_optax.sam(0.2)
+    helper = sam_optax.sam_value_and_grad(losses, sam, data=rule, batch_argnums=(1, 2))
+
+    @jax.jit
+    def d(w, x, y):
+        return helper(w, x, y, opt_state=sam.init(w))[1].gradients
+
+    params, batch = table.make_params(), table.make_batch(0)
+    expected = d(params, *batch)
+    with jax.set_mesh(explicit_mesh()):
+        actual = d(jax.device_put(params, P()), *jax.device_put(batch, P("data")))
+    assert_trees_close(jax.device_get(actual), expected, rtol=1e-9, atol=1e-12)
+
+
+def updates_of_all_methods():
+    """(init, update), with a gradient that is a function of every entry alone."""
+    optimizers = {name: table.make_optimizer(name)[1] for name in ALL}
+
+    def init(params):
+        return {name: tx.init(params) for name, tx in optimizers.items()}
+
+    def update(states, params):
+        def grad_fn(point):
+            return jax.tree.map(jnp.sin, point)
+
+        return {
+            name: tx.update(grad_fn(params), states[name], params, grad_fn=grad_fn)
+            for name, tx in optimizers.items()
+        }
+
+    return init, update
 
 
 def test_no_parameter_is_gathered():
@@ -218,27 +305,34 @@ def test_no_parameter_is_gathered():
         "a": jax.device_put(jnp.ones((size, 2)), NamedSharding(mesh, P("data"))),
         "b": jax.device_put(jnp.ones(size), NamedSharding(mesh, P("data"))),
     }
-    optimizers = {name: table.make_optimizer(name)[1] for name in ALL}
-
-    def update(states, params):
-        def grad_fn(point):
-            return jax.tree.map(jnp.sin, point)  # of every entry alone
-
-        return {
-            name: tx.update(grad_fn(params), states[name], params, grad_fn=grad_fn)
-            for name, tx in optimizers.items()
-        }
-
-    states = {name: tx.init(params) for name, tx in optimizers.items()}
-    lowered = jax.jit(update).lower(states, params).compile()
-    text = lowered.as_text()
+    init, update = updates_of_all_methods()
+    compiled = jax.jit(update).lower(init(params), params).compile()
+    text = compiled.as_text()
     assert "all-reduce" in text
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
     # A few shards of temporaries for each method, where one gathered tree is DEVICES.
     shard = 3 * size * 8 / table.DEVICES
-    temporary = lowered.memory_analysis().temp_size_in_bytes
+    temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2 * len(ALL) * shard
+
+
+def test_parameters_sharded_over_explicit_axes():
+    """Every method gives the same updates and state, and keeps their layout."""
+    init, update = updates_of_all_methods()
+    update = jax.jit(update)
+    params = {"a": jnp.arange(16.0).reshape(8, 2), "b": jnp.arange(4.0)}
+    expected = update(init(params), params)
+    with jax.set_mesh(explicit_mesh()):
+        sharded = jax.device_put(params, P("data"))
+        actual = update(init(sharded), sharded)
+        for name, (updates, state) in actual.items():
+            for leaf in [*jax.tree.leaves(updates), *jax.tree.leaves(state)]:
+                if leaf.shape in {(8, 2), (4,)}:
+                    assert leaf.sharding.spec[0] == "data", (name, leaf)
+        actual = update({name: state for name, (_, state) in actual.items()}, sharded)
+    again = update({name: state for name, (_, state) in expected.items()}, params)
+    assert_trees_close(jax.device_get(actual), again, rtol=1e-9, atol=1e-12)
 
 
 # --- Random methods.
@@ -281,9 +375,8 @@ def test_each_group_draws_its_own_noise(name):
             assert np.max(np.abs(seen[i] - seen[j])) > 1e-3
 
 
-@pytest.mark.parametrize("setting", ["one device", "pmap"])
 @pytest.mark.parametrize("name", RANDOM)
-def test_random_methods_agree_between_groups_and_devices(name, setting):
+def test_random_methods_agree_between_groups_and_devices(name):
     """With noise of their own for each group, and carried state that is one for all."""
     sam = RANDOM[name]()
     tx = optax.chain(sam, optax.sgd(0.05, momentum=0.9))
@@ -306,12 +399,6 @@ def test_random_methods_agree_between_groups_and_devices(name, setting):
     run = jax.jit(make(grouped))
     for t in range(3):
         expected = run(*expected, *table.make_batch(t))
-    if setting == "one device":  # the same again
-        again = params, tx.init(params)
-        for t in range(3):
-            again = run(*again, *table.make_batch(t))
-        assert_trees_equal(again, expected)
-        return
     states = jax.tree.map(
         lambda x: jnp.stack([x] * table.DEVICES), (params, tx.init(params))
     )
@@ -454,7 +541,7 @@ def test_a_report_of_groups_averages_them():
     x, y = table.make_batch(0)
     params, sam = table.make_params(), sam_optax.sam(0.2)
     options = {"report": True, "batch_argnums": (1, 2)}
-    helper = sam_optax.sam_value_and_grad(table.loss_fn, sam, m=4, **options)
+    helper = sam_optax.sam_value_and_grad(table.loss_fn, sam, m=np.int64(4), **options)
     alone = sam_optax.sam_value_and_grad(table.loss_fn, sam, **options)
     report = helper(params, x, y, opt_state=sam.init(params))[1].report
     each = [
@@ -616,6 +703,21 @@ def test_one_after_another_does_not_keep_every_groups_gradient():
 def test_contradictory_options_are_errors_when_building(options, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.sam_value_and_grad(table.loss_fn, sam_optax.sam(), **options)
+
+
+def test_index_groups_must_hold_the_whole_axis():
+    helper = sam_optax.value_and_ascent_grad(
+        table.loss_fn, axis_name="data", axis_index_groups=[[0, 1]]
+    )
+    devices = jax.devices()[: table.DEVICES]
+    run = jax.pmap(
+        lambda x, y: helper(table.make_params(), x, y)[1],
+        axis_name="data",
+        devices=devices,
+    )
+    x, y = table.make_batch(0)
+    with pytest.raises(ValueError, match="it has 4, and the lists 2"):
+        run(x.reshape(4, 4, 8), y.reshape(4, 4))
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,40 @@ def test_outputs_that_are_not_finite_are_not_stored():
     np.testing.assert_allclose(term, expected_term(past, outputs(2)), rtol=1e-4)
 
 
+def test_indices_out_of_range_have_no_term_and_store_nothing():
+    """Also narrow ones, for which a number beyond the examples would wrap."""
+    saf = sam_optax.saf(256, 3, lag=1, weight=WEIGHT, temperature=TAU)
+    index = jnp.array([5, 6, 7, 8], jnp.uint8)
+    broken = outputs(0).at[0].set(jnp.nan)
+    state = saf.update(saf.init(), broken, index)
+    np.testing.assert_array_equal(np.flatnonzero(state.visits), [6, 7, 8])
+    outside = jnp.array([-1, 256, 6, 7])
+    term = saf.penalty(state, outputs(1), outside)
+    np.testing.assert_array_equal(np.asarray(term) > 0, [False, False, True, True])
+    after = saf.update(state, outputs(1), outside)
+    np.testing.assert_array_equal(np.flatnonzero(after.visits), [6, 7, 8])
+
+
+def test_classes_that_are_masked_out_have_no_divergence():
+    mesa = sam_optax.mesa(0.5, WEIGHT, TAU)
+    state = mesa.init(jnp.zeros(()))
+    masked = outputs(0).at[:, 1].set(-jnp.inf), outputs(1).at[:, 1].set(-jnp.inf)
+    both = jnp.array([0, 2])
+    expected = expected_term(outputs(0)[:, both], outputs(1)[:, both])
+    np.testing.assert_allclose(
+        mesa.penalty(state, masked[1], masked[0]), expected, rtol=1e-4
+    )
+
+
+def test_the_average_of_half_precision_parameters_moves():
+    mesa = sam_optax.mesa()
+    state = mesa.init(jnp.ones(3, jnp.bfloat16))
+    update = jax.jit(mesa.update)
+    for _ in range(100):
+        state = update(state, jnp.full(3, 2, jnp.bfloat16))
+    np.testing.assert_allclose(state.average, 2 - 0.9995**100, rtol=1e-4)
+
+
 def test_mesa_compares_with_the_averaged_model():
     mesa = sam_optax.mesa(0.75, WEIGHT, TAU)
     params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array(3.0, jnp.bfloat16)}
@@ -101,7 +135,7 @@ def test_mesa_compares_with_the_averaged_model():
     update = jax.jit(mesa.update, donate_argnums=0)
     state = update(state, jax.tree.map(lambda x: x + 4, params))
     assert_trees_close(state.average, jax.tree.map(lambda x: x + 1, params))
-    assert state.average["b"].dtype == jnp.bfloat16
+    assert state.average["b"].dtype == jnp.float32
     term = mesa.penalty(state, outputs(1), outputs(0))
     np.testing.assert_allclose(term, expected_term(outputs(0), outputs(1)), rtol=1e-4)
 
