@@ -275,7 +275,8 @@ def two_processes(methods):
             for process in range(2)
         ]
         printed = [process.communicate(timeout=1200)[0] for process in processes]
-        if any(process.returncode for process in processes):
+        # Not by the exit status: after the work, gRPC's server can fail to shut down.
+        if len(list(pathlib.Path(directory).glob("*.npz"))) < 4:
             raise RuntimeError("a process failed:\n" + "\n".join(printed))
 
         def read(per_group, process):

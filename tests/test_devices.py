@@ -375,16 +375,19 @@ def test_each_group_draws_its_own_noise(name):
             assert np.max(np.abs(seen[i] - seen[j])) > 1e-3
 
 
-@pytest.mark.parametrize("name", RANDOM)
-def test_random_methods_agree_between_groups_and_devices(name):
+@pytest.mark.parametrize(
+    ("name", "m"), [*[(name, None) for name in RANDOM], ("esam", 2), ("rsam", 2)]
+)
+def test_random_methods_agree_between_groups_and_devices(name, m):
     """With noise of their own for each group, and carried state that is one for all."""
     sam = RANDOM[name]()
     tx = optax.chain(sam, optax.sgd(0.05, momentum=0.9))
     options = {"batch_argnums": (1, 2)}
-    grouped = sam_optax.sam_value_and_grad(table.loss_fn, sam, m=table.GROUP, **options)
-    per_device = sam_optax.sam_value_and_grad(
-        table.loss_fn, sam, axis_name="data", sync_perturbation=False, **options
+    grouped = sam_optax.sam_value_and_grad(
+        table.loss_fn, sam, m=m or table.GROUP, **options
     )
+    options |= {"axis_name": "data", "sync_perturbation": False}
+    per_device = sam_optax.sam_value_and_grad(table.loss_fn, sam, m=m, **options)
 
     def make(helper):
         def step(params, state, x, y):

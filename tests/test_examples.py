@@ -406,8 +406,10 @@ def test_data_parallel_is_the_same_on_one_process_and_on_two():
         for process in range(2)
     ]
     printed = [process.communicate(timeout=300)[0] for process in (alone, *both)]
-    assert not any(process.returncode for process in (alone, *both)), printed
-    accuracies = [re.search(r"accuracy ([0-9.]+) %", text)[1] for text in printed]
+    # Not by the exit status: after the last line, gRPC's server can fail to shut down.
+    found = [re.search(r"accuracy ([0-9.]+) %", text) for text in printed]
+    assert all(found), printed
+    accuracies = [match[1] for match in found]
     assert len(set(accuracies)) == 1, accuracies
     assert float(accuracies[0]) > 93
     assert "1 processes, 2 devices" in printed[0]

@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 import sam_optax
 from lab import assert_trees_close
+from methods import BOTH_DOORS, TABLE
 
 
 class Linen(nn.Module):
@@ -26,9 +27,12 @@ def data(t):
     return x, jnp.sin(x[:, 0])
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_train_state_works_unmodified(row, frozen):
+@pytest.mark.parametrize(
+    ("name", "frozen"), [*[(name, False) for name in TABLE], ("sam", True)]
+)
+def test_train_state_works_unmodified(name, frozen):
     """And gives what SAM written by hand gives, frozen dict or not."""
+    row = TABLE[name]
     model = Linen()
     params = model.init(jax.random.key(0), data(0)[0])["params"]
     if frozen:
@@ -62,7 +66,10 @@ def test_train_state_works_unmodified(row, frozen):
     assert_trees_close(state.params, w, rtol=1e-4, atol=1e-5)
 
 
-def test_nnx_optimizer_forwards_grad_fn(row):
+@pytest.mark.parametrize("name", sorted(BOTH_DOORS))
+def test_nnx_optimizer_forwards_grad_fn(name):
+    row = TABLE[name]
+
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.hidden = nnx.Linear(3, 4, rngs=rngs)
