@@ -65,7 +65,8 @@ def value_and_ascent_grad(
       `optimizer.update(model, gradients, **extra_args)`.
 
     Raises:
-      ValueError: as `sam_optax.value_and_ascent_grad`.
+      ValueError: as `sam_optax.value_and_ascent_grad`; if loss_fn adds variables to the
+        model, as `sow` does.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sam_optax, sam_optax.nnx
@@ -113,6 +114,7 @@ def value_and_ascent_grad(
         (loss, (aux, changed)), gradients, extra_args = first_pass(
             nnx.as_pure(params), *args, **kwargs
         )
+        _check_same_variables(others, changed)
         if m is not None:
             changed = jax.tree.map(_mean_over_groups, changed)
         nnx.update(model, changed)
@@ -123,6 +125,18 @@ def value_and_ascent_grad(
         return ((loss, aux) if has_aux else loss), gradients, extra_args
 
     return value_and_ascent_grad_fn
+
+
+def _check_same_variables(before: Any, after: Any) -> None:
+    """What a pass adds to the model cannot leave the gradient's transformation."""
+    known = {path for path, _ in nnx.to_flat_state(before)}
+    added = [path for path, _ in nnx.to_flat_state(after) if path not in known]
+    if added:
+        raise ValueError(
+            f"loss_fn adds the variable {'.'.join(map(str, added[0]))} to the model, "
+            "as sow does. Return such values as its auxiliary output, with "
+            "has_aux=True, or create the variable beforehand."
+        )
 
 
 def _mean_over_groups(leaf: jax.Array) -> jax.Array:

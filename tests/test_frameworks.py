@@ -339,6 +339,17 @@ def test_nnx_under_vmap_and_scan():
         assert np.max(np.abs(a - b)) > 0
 
 
+def test_nnx_variables_that_a_pass_adds_are_refused():
+    def loss_fn(model, x, y):
+        model.seen = nnx.Variable(x)
+        return jnp.mean(jnp.square(model(x)[..., 0] - y))
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
+    with pytest.raises(ValueError, match=r"adds the variable seen .*auxiliary output"):
+        gradients(model, *data(0))
+
+
 def test_nnx_groups_average_what_they_make_of_statistics():
     params, others, (_, prediction) = nnx_training(
         sam_optax.fsam(0.1), steps=1, m=4, batch_argnums=(1, 2)
