@@ -186,7 +186,7 @@ def look_in_groups(
         return one.gradient, (one.loss, one.aux, kept)
 
     gradient, each = groups.run(first, examples)
-    losses, aux, _ = groups.stack(each)
+    losses, aux = groups.outputs(each)
 
     def mean_of(choose):
         def evaluate(point):
@@ -253,13 +253,13 @@ class _Together:
 
         return jax.tree.map(mean, averaged), each
 
-    def stack(self, each):
-        """What each group has, along a first axis."""
-        return each
+    def outputs(self, each):
+        """Of (loss, aux, gradient) of each group the first two, along a first axis."""
+        return each[:2]
 
 
 class _Unrolled(_Together):
-    """Groups as a Python list; at no time need more than one be in memory."""
+    """Groups as a Python list. How many are in memory at a time, the compiler says."""
 
     def split(self, examples):
         stacked = self._split(examples, together=False)
@@ -284,8 +284,9 @@ class _Unrolled(_Together):
 
         return jax.tree.map(mean, total, like)
 
-    def stack(self, each):
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    def outputs(self, each):
+        own = [kept[:2] for kept in each]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
 
 
 class _OneAfterAnother(_Unrolled):
@@ -312,8 +313,8 @@ class _OneAfterAnother(_Unrolled):
         total, each = jax.lax.scan(body, start, values)
         return self._mean(total, like), each
 
-    def stack(self, each):
-        return each
+    def outputs(self, each):
+        return each[:2]
 
 
 def _add(total, x):
