@@ -572,7 +572,7 @@ MUTANTS = {
         "_groups.py",
         "return groups.run(lambda e: (choose(look(e))(point), None), examples)[0]",
         "return choose(look_at(batch.take(slice(0, m)), params, rule))(point)",
-        first="half_precision",
+        first="groups_that_skips",
     ),
     "sparse masks keep one more": Mutant(
         "_sparse.py", "before(position)) <= room", "before(position)) <= room + 1"

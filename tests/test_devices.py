@@ -540,6 +540,25 @@ def test_the_second_door_takes_groups_too():
     assert_like_one_device([trained], True, ["fsam"])
 
 
+@pytest.mark.parametrize("map_groups", ["vmap", "unroll", "scan"])
+def test_a_step_of_groups_that_skips_descends_on_all_of_them(map_groups):
+    """Also where g is that of a part of each group, and taken anew."""
+    params, (x, y) = table.make_params(), table.make_batch(0)
+    whole = jax.grad(table.loss_fn)(params, x, y)
+    for rule in (None, sam_optax.sub_batch(0.5)):
+        helper = sam_optax.sam_value_and_grad(
+            table.loss_fn,
+            sam_optax.sam(0.2),
+            m=4,
+            map_groups=map_groups,
+            data=rule,
+            batch_argnums=(1, 2),
+        )
+        state = sam_optax.sam(0.2).init(params)
+        _, grads = helper(params, x, y, opt_state=state, ascend=False)
+        assert_trees_close(grads.gradients, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_a_report_of_groups_averages_them():
     x, y = table.make_batch(0)
     params, sam = table.make_params(), sam_optax.sam(0.2)
