@@ -39,7 +39,6 @@ BASES = {
         optax.contrib.reduce_on_plateau(factor=0.5, patience=1, accumulation_size=1),
     ),
     "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
-    "freeze": lambda: optax.chain(optax.sgd(0.1), optax.freeze(is_matrix)),
     "masked": lambda: optax.chain(
         optax.masked(optax.scale(2.0), is_matrix), optax.sgd(0.1)
     ),
@@ -54,6 +53,8 @@ BASES = {
     "lbfgs": lambda: optax.chain(optax.lbfgs(linesearch=None), optax.scale(0.01)),
     "lion": lambda: optax.lion(0.01),
 }
+if hasattr(optax, "freeze"):  # not in the oldest version that is supported
+    BASES["freeze"] = lambda: optax.chain(optax.sgd(0.1), optax.freeze(is_matrix))
 
 
 def make_sam():
