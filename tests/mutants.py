@@ -575,7 +575,10 @@ MUTANTS = {
         first="groups_that_skips",
     ),
     "sparse masks keep one more": Mutant(
-        "_sparse.py", "before(position)) <= room", "before(position)) <= room + 1"
+        "_sparse.py",
+        "before(position)) <= room",
+        "before(position)) <= room + 1",
+        first="ssam_perturbs",
     ),
     "SAF compares with the last visit": Mutant(
         "_trajectory_loss.py",
