@@ -578,7 +578,7 @@ MUTANTS = {
         "_sparse.py",
         "before(position)) <= room",
         "before(position)) <= room + 1",
-        first="ssam_perturbs",
+        first="found_by_counting",
     ),
     "SAF compares with the last visit": Mutant(
         "_trajectory_loss.py",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sam_optax
+from sam_optax._sparse import _keep_largest
 
 DRAWS = 400
 W = {"a": jnp.zeros((10, 20)), "b": jnp.zeros(300)}
@@ -231,3 +232,27 @@ def test_random_sam_needs_no_gradient_at_the_parameters():
     for door in (1, 2):
         random = flops(sam_optax.random_sam(), door)
         assert random < 0.85 * flops(sam_optax.sam(), door)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_largest_entries_are_found_by_counting(dtype):
+    """Exactly as many as wanted, also among equals, of which the earlier ones stay."""
+    rng = np.random.default_rng(0)
+    keep = jax.jit(_keep_largest)
+    for _ in range(10):
+        shapes = {"a": (7, 5), "b": (11,)}
+        scores = {
+            name: jnp.asarray(np.abs(np.round(rng.normal(size=shape), 1)), dtype)
+            for name, shape in shapes.items()
+        }
+        among = {name: rng.random(shape) < 0.6 for name, shape in shapes.items()}
+        flat = np.concatenate(
+            [np.where(among[k], np.asarray(scores[k], float), -1).ravel() for k in "ab"]
+        )
+        eligible = int(np.sum(flat >= 0))
+        for count in (0, 1, eligible // 2, eligible):
+            kept = keep(scores, count, jax.tree.map(jnp.asarray, among))
+            expected = np.zeros(flat.size, bool)
+            expected[np.argsort(-flat, kind="stable")[:count]] = True
+            actual = np.concatenate([np.ravel(kept[k]) for k in "ab"])
+            np.testing.assert_array_equal(actual, expected)
