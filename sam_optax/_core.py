@@ -250,9 +250,8 @@ def sharpness_aware(
             )
             return d, descent_state
 
-        def second_half(g, evaluate, perturbation, group=None):
+        def second_half(plain, evaluate, perturbation, group=None):
             there = evaluate.descent(perturb(params, perturbation, group))
-            plain = plain_gradient(g, evaluate)
             d, descent_state = descend(there.gradient, plain, perturbation, group)
             measured = ()
             if carry_report:
@@ -264,7 +263,8 @@ def sharpness_aware(
         def path(group_gradient, group_grad_fn, group=None):
             evaluate = _checked(group_grad_fn, like=group_gradient)
             perturbation, _ = ascend_from(group_gradient, evaluate, group)
-            return second_half(group_gradient, evaluate, perturbation, group)
+            plain = plain_gradient(group_gradient, evaluate)
+            return second_half(plain, evaluate, perturbation, group)
 
         def path_with_gradient(group_gradient, group_grad_fn, group=None):
             return path(group_gradient, group_grad_fn, group), group_gradient
@@ -281,8 +281,9 @@ def sharpness_aware(
         perturbation, ascent_state = ascend_from(g, evaluate)
 
         def step_with_second_gradient():
+            plain = plain_gradient(g, evaluate)
             if per_group is None:
-                step = second_half(g, evaluate, perturbation)
+                step = second_half(plain, evaluate, perturbation)
             else:
                 step = per_group(path) if grouped is None else grouped
                 own_state = descend_from_equal()[1]
@@ -292,7 +293,6 @@ def sharpness_aware(
             step = step._replace(d=_tree.cast_like(step.d, g))
             if carry_report:
                 step = step._replace(measured=_measured(g, step.measured, value))
-            plain = plain_gradient(g, evaluate)
             return step, cadence.remember(step.d, plain, cadence_state)
 
         def step_without():

@@ -246,12 +246,7 @@ class _Together:
     def run(self, function, *values):
         """(mean of the first results over groups, the second results of each)."""
         averaged, each = jax.vmap(function)(*values)
-
-        # Counters and keys have no mean, and the core does not ask for it.
-        def mean(x):
-            return jnp.mean(x, axis=0) if _tree.is_inexact(x) else x[0]
-
-        return jax.tree.map(mean, averaged), each
+        return _tree.mean_of_groups(averaged), each
 
     def outputs(self, each):
         """Of (loss, aux, gradient) of each group the first two, along a first axis."""

@@ -66,6 +66,11 @@ def subtract(x: Tree, y: Tree) -> Tree:
     return jax.tree.map(lambda a, b: a - jnp.asarray(b, a.dtype), x, y)
 
 
+def mean_of_groups(tree: Tree) -> Tree:
+    """The mean over the first axis; of counters and keys, which have none, one."""
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_inexact(x) else x[0], tree)
+
+
 def magnitude(tree: Tree) -> Tree:
     return jax.tree.map(jnp.abs, at_least_float32(tree))
 

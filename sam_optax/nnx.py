@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sam_optax import _tree
@@ -116,7 +115,7 @@ def value_and_ascent_grad(
         )
         _check_same_variables(others, changed)
         if m is not None:
-            changed = jax.tree.map(_mean_over_groups, changed)
+            changed = _tree.mean_of_groups(changed)
         nnx.update(model, changed)
         # The optimizer looks for variables of the kind that it trains.
         gradients = jax.tree.unflatten(
@@ -137,8 +136,3 @@ def _check_same_variables(before: Any, after: Any) -> None:
             "as sow does. Return such values as its auxiliary output, with "
             "has_aux=True, or create the variable beforehand."
         )
-
-
-def _mean_over_groups(leaf: jax.Array) -> jax.Array:
-    # Counters and keys are the same in every group.
-    return jnp.mean(leaf, axis=0) if _tree.is_inexact(leaf) else leaf[0]

@@ -546,7 +546,7 @@ MUTANTS = {
     ),
     "g of the first groups alone": Mutant(
         "_groups.py",
-        "return jax.tree.map(mean, averaged), each",
+        "return _tree.mean_of_groups(averaged), each",
         "return jax.tree.map(lambda x: x[0], averaged), each",
         first="nan_in_one or second_door",
     ),
