@@ -75,6 +75,7 @@ from sam_optax._noise import ascend_from_noise as ascend_from_noise
 from sam_optax._noise import ascend_repeatedly as ascend_repeatedly
 from sam_optax._noise import mask_at_random as mask_at_random
 from sam_optax._noise import replace_by_noise as replace_by_noise
+from sam_optax._recorder import Recorder as Recorder
 from sam_optax._registry import FURTHER_METHODS as FURTHER_METHODS
 from sam_optax._registry import METHODS as METHODS
 from sam_optax._registry import FurtherMethod as FurtherMethod

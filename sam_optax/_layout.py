@@ -66,6 +66,14 @@ def replicate(x: jax.Array) -> jax.Array:
     return x if first_axes(x) is None else _spread(x, None)
 
 
+def spread_or_replicate(x: jax.Array, length: int) -> jax.Array:
+    """x, if parts of this length can lie on all its devices, else the whole on each."""
+    axes = first_axes(x)
+    if axes is None or _if_divisible(x, axes, length) is not None:
+        return x
+    return replicate(x)
+
+
 def like_first_axis(x: jax.Array, examples: Any) -> jax.Array:
     """A vector spread over the devices as the first axis of the examples is."""
     for leaf in jax.tree.leaves(examples):

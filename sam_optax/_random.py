@@ -20,8 +20,8 @@ class KeyStream(NamedTuple):
     next: Callable[..., tuple[jax.Array, jax.Array]]  # data, group -> (key, data)
 
 
-def key_stream(key: Key) -> KeyStream:
-    """A stream of keys from an int, a typed key or a legacy uint32 key."""
+def typed_key(key: Key) -> jax.Array:
+    """A single typed key from an int, a typed key or a legacy uint32 key."""
     if isinstance(key, bool) or not (isinstance(key, int) or hasattr(key, "dtype")):
         raise TypeError(f"key must be an int or a JAX random key, got {key!r}.")
     typed = jnp.asarray(key)
@@ -29,6 +29,12 @@ def key_stream(key: Key) -> KeyStream:
         typed = jax.random.wrap_key_data(typed) if typed.ndim else jax.random.key(typed)
     if typed.shape != ():
         raise ValueError(f"key must be a single key, got keys of shape {typed.shape}.")
+    return typed
+
+
+def key_stream(key: Key) -> KeyStream:
+    """A stream of keys, from whatever names the first."""
+    typed = typed_key(key)
     implementation = jax.random.key_impl(typed)
     data = jax.random.key_data(typed)
 

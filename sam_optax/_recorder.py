@@ -1,0 +1,108 @@
+"""A record of training: what `report=True` measures, kept step after step."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sam_optax._carrier import Report
+
+
+class Recorder:
+    """Keeps the losses and reports of training steps, or hands them to a logger.
+
+    The reports come from `sam_value_and_grad(..., report=True)`. They are kept as they
+    come, on the device, so adding one does not wait for the step to end; `arrays`
+    brings them to the host. Where no step is recorded, leave out `report=True`: the
+    compiled step is then that of plain training.
+
+    Args:
+      log: called for each step with its number and a dict of floats, for example
+        `lambda step, values: writer.write_scalars(step, values)`. It waits for the
+        step. Default None: nothing is called.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> sam = sam_optax.sam(rho=0.1)
+      >>> tx = optax.chain(sam, optax.sgd(0.1))
+      >>> loss_and_grads = sam_optax.sam_value_and_grad(
+      ...     lambda w: jnp.sum(w**2), sam, report=True)
+      >>> @jax.jit
+      ... def step(w, opt_state):
+      ...     loss, grads = loss_and_grads(w, opt_state=opt_state)
+      ...     updates, opt_state = tx.update(grads, opt_state, w)
+      ...     return optax.apply_updates(w, updates), opt_state, loss, grads.report
+      >>> w = jnp.array([3.0, 4.0])
+      >>> opt_state, recorder = tx.init(w), sam_optax.Recorder()
+      >>> for _ in range(3):
+      ...     w, opt_state, loss, report = step(w, opt_state)
+      ...     recorder.add(loss, report)
+      >>> print(recorder.arrays()["surrogate_gap"].round(3))
+      [1.01  0.806 0.643]
+    """
+
+    def __init__(self, log: Callable[[int, dict[str, float]], Any] | None = None):
+        if log is not None and not callable(log):
+            raise TypeError(
+                f"log must be a function of the step and a dict, got {log!r}."
+            )
+        self._log = log
+        self._steps: list[np.ndarray] = []
+        self._values: list[dict[str, Any]] = []
+        self._next_step = 0
+
+    def add(self, loss: Any, report: Report, *, step: int | None = None) -> None:
+        """Records a step, or several that a `jax.lax.scan` has stacked.
+
+        Args:
+          loss: the loss at the parameters; shape (), or (steps,) from a scan.
+          report: `grads.report` of the step, with leaves of the same shape.
+          step: the number of the step, or of the first of several. Default None: one
+            more than the last.
+
+        Raises:
+          TypeError: if report is no `Report`, as without `report=True`.
+          ValueError: if loss and report do not hold equally many steps.
+        """
+        if not isinstance(report, Report):
+            raise TypeError(
+                "report must be the report of a step; got "
+                f"{report!r}. Build the step with sam_value_and_grad(..., report=True) "
+                "and return grads.report from it."
+            )
+        values = {"loss": loss, **report._asdict()}
+        shapes = {np.shape(value) for value in values.values()}
+        shape = max(shapes, key=len)
+        if len(shapes) > 1 or len(shape) > 1:
+            raise ValueError(
+                "The loss and the report must be of one step, all of shape (), or of "
+                f"as many steps each; their shapes are {sorted(shapes)}."
+            )
+        first = self._next_step if step is None else step
+        steps = np.arange(first, first + math.prod(shape))
+        self._next_step = first + len(steps)
+        self._steps.append(steps)
+        self._values.append(values)
+        if self._log is not None:
+            columns = {name: np.atleast_1d(x) for name, x in values.items()}
+            for i, number in enumerate(steps):
+                row = {name: float(column[i]) for name, column in columns.items()}
+                self._log(int(number), row)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._steps))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was recorded: "step", "loss" and the fields of `Report`, each (steps,).
+
+        NaN where a step did not ascend and has nothing to report; see "ascended".
+        """
+
+        def join(parts):
+            return np.concatenate([np.atleast_1d(part) for part in parts] or [[]])
+
+        names = ("loss", *Report._fields)
+        return {"step": join(self._steps)} | {
+            name: join(values[name] for values in self._values) for name in names
+        }

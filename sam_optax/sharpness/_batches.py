@@ -1,0 +1,266 @@
+"""Means over a data set, visited a batch at a time inside one compiled program."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_optax import _layout as layout
+from sam_optax import _tree
+from sam_optax._hyperparameters import check_positive_integer
+
+
+@jax.tree_util.register_static
+class Stream:
+    """Batches that stay where they are until a measure needs them; see `stream`."""
+
+    def __init__(self, batches: Sequence[Any]):
+        self._batches = batches
+        self._first = self._outline(0)
+        self._last = self._outline(len(batches) - 1)
+        # The last one may be shorter; which of the others differs shows when fetched.
+        self.size = example_count(self._first) * (len(batches) - 1)
+        self.size += example_count(self._last)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def read(self, index: Any) -> tuple[Any, ...]:
+        """A batch as NumPy arrays, in the dtypes that JAX computes in."""
+        batch = jax.tree.map(np.asarray, as_arguments(self._batches[int(index)]))
+        return jax.tree.map(
+            lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), batch
+        )
+
+    def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
+        """The same inside a compiled program."""
+        outline = self._last if is_last else self._first
+
+        def read_checked(index):
+            batch = self.read(index)
+            if _outline(batch) != outline:
+                raise ValueError(
+                    "All streamed batches but the last must have the same structure, "
+                    f"shapes and dtypes; batch {int(index)} has {_outline(batch)}, "
+                    f"expected {outline}."
+                )
+            return batch
+
+        # Reads by index, so that JAX is free to call it in any order, and again.
+        return jax.pure_callback(read_checked, outline, index, vmap_method="sequential")
+
+    def _outline(self, index: int) -> Any:
+        return _outline(self.read(index))
+
+
+def _outline(batch: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def stream(batches: Sequence[Any]) -> Stream:
+    """Data that does not fit on the device: batches in host memory, or on disk.
+
+    Args:
+      batches: a sequence, that is anything with a length and integer indices; each of
+        its items is one batch, the arguments of the loss after the parameters. Items
+        have equal shapes, but the last may hold fewer examples. An index can be asked
+        for several times and must give the same batch each time, so no shuffling and
+        no random augmentation.
+
+    Returns:
+      What every measure of this module takes as `data`. Each batch is fetched when it
+      is needed and dropped thereafter: the device holds one at a time.
+
+    Raises:
+      TypeError: if batches is no sequence, such as an iterator that can be read once.
+      ValueError: if there is no batch, or one is empty; while measuring, if the shapes
+        of one of them differ.
+
+    Examples:
+      Batches of a memory-mapped file, read from the disk when they are needed.
+
+      >>> import numpy as np
+      >>> from sam_optax import sharpness
+      >>> class Rows:
+      ...     def __init__(self, x, size):
+      ...         self.x, self.size = x, size
+      ...     def __len__(self):
+      ...         return -(-len(self.x) // self.size)
+      ...     def __getitem__(self, i):
+      ...         return (self.x[i * self.size:(i + 1) * self.size],)
+      >>> x = np.arange(10, dtype=np.float32)  # np.load(..., mmap_mode="r")
+      >>> print(sharpness.gradient_norm(
+      ...     lambda w, x: ((w - x) ** 2).mean(), 0.0, sharpness.stream(Rows(x, 4))))
+      9.0
+    """
+    if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
+        raise TypeError(
+            "batches must be a sequence, with a length and integer indices, because a "
+            f"measure reads the data many times; got {type(batches).__name__}. Make it "
+            "a list, or a class with __len__ and __getitem__ that reads from the disk."
+        )
+    if len(batches) == 0:
+        raise ValueError("There are no batches to measure on.")
+    return Stream(batches)
+
+
+def as_arguments(data: Any) -> tuple[Any, ...]:
+    """The arguments of the loss after the parameters; one of them needs no tuple."""
+    return tuple(data) if isinstance(data, (tuple, list)) else (data,)
+
+
+def check_data(data: Any, batch_size: int | None, m: int | None = None) -> Any:
+    """`data` as a Stream or a tuple of trees of arrays, which can be divided so."""
+    if batch_size is not None:
+        check_positive_integer("batch_size", batch_size)
+    if m is not None:
+        check_positive_integer("m", m)
+    if isinstance(data, Stream):
+        if batch_size is not None:
+            raise ValueError("Streamed data have their batches; leave out batch_size=.")
+        _check_groups(m, [data._first, data._last])
+        return data
+    data = as_arguments(data)
+    example_count(data)
+    _check_groups(m, [data])
+    if m is not None and batch_size is not None and batch_size % m:
+        raise ValueError(f"batch_size must be a multiple of m = {m}, got {batch_size}.")
+    return data
+
+
+def example_count(data: Any) -> int:
+    leaves = jax.tree.leaves(data)
+    if not leaves:
+        raise ValueError("The data hold no arrays.")
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "All arrays of the data must have the examples along their first axis, as "
+            f"many in each; their shapes are {shapes}. Bind what is no example to the "
+            "loss beforehand."
+        )
+    if shapes[0][0] == 0:
+        raise ValueError(f"The data are empty: their shapes are {shapes}.")
+    return shapes[0][0]
+
+
+def _check_groups(m: int | None, batches: Sequence[Any]) -> None:
+    for batch in batches:
+        if m is not None and example_count(batch) % m:
+            raise ValueError(
+                f"{example_count(batch)} examples are no whole number of groups of "
+                f"m = {m}."
+            )
+
+
+def mean_over_batches(
+    function: Callable[..., Any], data: Any, batch_size: int | None
+) -> Any:
+    """The mean of `function(index, *batch)`, batches weighed by their examples.
+
+    The result is a tree of floats, summed in at least float32. Which examples make a
+    batch is chosen such that examples spread over devices stay where they are.
+    """
+    if isinstance(data, Stream):
+        count, size = len(data), data.size
+        batch = example_count(data._first)
+        even = size == count * batch
+        whole = count if even else count - 1
+
+        def visit(index):
+            return function(index, *data.fetch(index, is_last=False))
+
+        def visit_rest():
+            return function(whole, *data.fetch(whole, is_last=True))
+
+    else:
+        size = example_count(data)
+        batch = min(batch_size or size, size)
+        whole, rest = divmod(size, batch)
+        even = rest == 0
+        if even and whole == 1:
+            return _tree.at_least_float32(function(0, *data))
+        take = _every_nth if even else _consecutive
+        data = _divisible(data, math.gcd(batch, rest))
+
+        def visit(index):
+            return function(
+                index, *jax.tree.map(lambda x: take(x, index, batch, whole), data)
+            )
+
+        def visit_rest():
+            return function(whole, *jax.tree.map(lambda x: x[whole * batch :], data))
+
+    mean = _tree.scale(1 / size, _sum(visit, whole, batch)) if whole else None
+    if even:
+        return mean
+    last = _tree.at_least_float32(visit_rest())
+    last = _tree.scale((size - whole * batch) / size, last)
+    return last if mean is None else jax.tree.map(jnp.add, mean, last)
+
+
+def mean_over_groups(
+    function: Callable[..., Any],
+    data: Any,
+    batch_size: int | None,
+    m: int,
+    key: jax.Array,
+) -> Any:
+    """The mean of `function(key, *group)` over groups of m consecutive examples.
+
+    As many groups run together as there are in a batch; without one, groups of an array
+    run one after another.
+    """
+
+    def split(x):
+        return x.reshape(x.shape[0] // m, m, *x.shape[1:])
+
+    def visit(index, *groups):
+        keys = jax.random.split(jax.random.fold_in(key, index), example_count(groups))
+        return _tree.mean_of_groups(
+            _tree.at_least_float32(jax.vmap(function)(keys, *groups))
+        )
+
+    if isinstance(data, Stream):
+        return mean_over_batches(
+            lambda index, *batch: visit(index, *jax.tree.map(split, batch)), data, None
+        )
+    groups = jax.tree.map(split, _divisible(data, example_count(data) // m))
+    return mean_over_batches(visit, groups, (batch_size or m) // m)
+
+
+def _divisible(data: Any, length: int) -> Any:
+    return jax.tree.map(
+        lambda x: layout.spread_or_replicate(jnp.asarray(x), length), data
+    )
+
+
+def _every_nth(x: Any, index: Any, batch: int, count: int) -> jax.Array:
+    # Each device's share of the first axis holds its share of every batch.
+    x = x.reshape(batch, count, *x.shape[1:])
+    return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+
+
+def _consecutive(x: Any, index: Any, batch: int, count: int) -> jax.Array:
+    del count
+    return jax.lax.dynamic_slice_in_dim(x, index * batch, batch)
+
+
+def _sum(visit: Callable[[Any], Any], count: int, weight: float) -> Any:
+    """weight · (visit(0) + … + visit(count − 1)), in at least float32."""
+
+    def add(index, total):
+        return jax.tree.map(
+            lambda t, x: t + weight * x, total, _tree.at_least_float32(visit(index))
+        )
+
+    if count == 1:
+        return _tree.scale(weight, _tree.at_least_float32(visit(0)))
+    shapes = jax.eval_shape(lambda: _tree.at_least_float32(visit(jnp.int32(0))))
+    start = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes
+    )
+    return jax.lax.fori_loop(0, count, add, start)

@@ -1,0 +1,46 @@
+"""What the measures of sharpness ask of parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from sam_optax import _tree
+
+
+def check_params(params: Any, name: str = "params") -> Any:
+    """The parameters, in at least float32: a small ε would round away in less."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not _tree.size(params):
+        raise ValueError(f"{name} holds no numbers.")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: only "
+                "real floating-point parameters can be measured. Bind others to the "
+                "loss beforehand."
+            )
+    traced = any(isinstance(leaf, Tracer) for _, leaf in leaves)
+    if not traced and not _is_finite(params):
+        bad = [jax.tree_util.keystr(p) for p, x in leaves if not jnp.isfinite(x).all()]
+        raise ValueError(
+            f"{name} is not finite at {', '.join(path or 'its root' for path in bad)}."
+        )
+    return _tree.at_least_float32(jax.tree.map(jnp.asarray, params))
+
+
+@jax.jit
+def _is_finite(params: Any) -> jax.Array:
+    return jnp.all(
+        jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])
+    )
+
+
+def check_same_outline(name: str, tree: Any, params: Any) -> None:
+    shapes = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, params)
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{name} must have the structure and shapes of the parameters, "
+            f"{shapes[1]}, got {shapes[0]}."
+        )

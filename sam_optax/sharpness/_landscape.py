@@ -1,0 +1,349 @@
+"""The loss along lines and planes through the parameters."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sam_optax import _tree
+from sam_optax._random import Key, typed_key
+from sam_optax.sharpness._batches import check_data
+from sam_optax.sharpness._checks import check_params, check_same_outline
+from sam_optax.sharpness._loss import mean_loss, mean_loss_and_gradient
+
+
+class Line(NamedTuple):
+    """The loss along a line.
+
+    Attributes:
+      distances: how far along, in lengths of the direction.
+      losses: the loss there.
+    """
+
+    distances: jax.Array  # shape=(points,)
+    losses: jax.Array  # shape=(points,), at least float32
+
+
+class Surface(NamedTuple):
+    """The loss over a plane, laid out as plotting libraries want it.
+
+    Attributes:
+      xs: how far along the first direction, in its lengths.
+      ys: how far along the second.
+      losses: `losses[i, j]` is the loss at ys[i], xs[j].
+    """
+
+    xs: jax.Array  # shape=(columns,)
+    ys: jax.Array  # shape=(rows,)
+    losses: jax.Array  # shape=(rows, columns), at least float32
+
+
+def along_line(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    direction: Any,
+    distances: Any,
+    *,
+    batch_size: int | None = None,
+) -> Line:
+    r"""The loss along a direction.
+
+    .. math::
+      L(w + t v)
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      direction: v, a tree like the parameters: `random_direction`,
+        `filter_normalized_direction`, `gradient_direction`, `Eigenpairs.vector`.
+      distances: all t, shape (points,).
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Line`.
+
+    Raises:
+      ValueError: if the direction is not like the parameters, the data are empty or
+        uneven, or params is not finite (where it is not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> line = sharpness.along_line(
+      ...     lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), jnp.zeros(4),
+      ...     jnp.array(2.0), jnp.array([-1.0, 0.0, 1.0]))
+      >>> print(line.losses)
+      [4. 0. 4.]
+
+    Cost: a forward pass over the data for each point.
+    """
+    distances = _distances("distances", distances)
+    params, data = check_params(params), check_data(data, batch_size)
+    check_same_outline("direction", direction, params)
+    losses = _losses(
+        loss_fn, params, data, (direction,), distances[:, None], batch_size
+    )
+    return Line(distances, losses)
+
+
+def over_plane(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    directions: Sequence[Any],
+    xs: Any,
+    ys: Any,
+    *,
+    batch_size: int | None = None,
+) -> Surface:
+    r"""The loss over the plane of two directions.
+
+    .. math::
+      L(w + x u + y v)
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      directions: u and v, trees like the parameters; see `along_line`.
+      xs: all x, shape (columns,).
+      ys: all y, shape (rows,).
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Surface`.
+
+    Raises:
+      ValueError: if there are not two directions, one is not like the parameters, the
+        data are empty or uneven, or params is not finite (where it is not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> surface = sharpness.over_plane(
+      ...     lambda w, x: jnp.mean(x @ w**2), jnp.zeros(2), jnp.ones((4, 2)),
+      ...     (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])),
+      ...     xs=jnp.arange(3.0), ys=jnp.arange(2.0))
+      >>> print(surface.losses)
+      [[0. 1. 4.]
+       [1. 2. 5.]]
+
+    Cost: a forward pass over the data for each point.
+    """
+    xs, ys = _distances("xs", xs), _distances("ys", ys)
+    params, data = check_params(params), check_data(data, batch_size)
+    directions = tuple(directions)
+    if len(directions) != 2:
+        raise ValueError(f"A plane has two directions, got {len(directions)}.")
+    for direction in directions:
+        check_same_outline("Each direction", direction, params)
+    points = jnp.stack(jnp.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+    losses = _losses(loss_fn, params, data, directions, points, batch_size)
+    return Surface(xs, ys, losses.reshape(len(ys), len(xs)))
+
+
+def interpolate(
+    loss_fn: Callable[..., Any],
+    start: Any,
+    end: Any,
+    data: Any,
+    fractions: Any,
+    *,
+    batch_size: int | None = None,
+) -> Line:
+    r"""The loss on the straight line between two solutions.
+
+    .. math::
+      L\big((1 - t) \, w_0 + t \, w_1\big)
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
+      start: w₀, a tree of real arrays. Half-precision leaves are measured in float32.
+      end: w₁, a tree like it.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      fractions: all t, shape (points,). Beyond 0 and 1, the line goes on.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Line`.
+
+    Raises:
+      ValueError: if the two solutions differ in structure or shapes, the data are empty
+        or uneven, or a solution is not finite (where it is not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> line = sharpness.interpolate(
+      ...     lambda w, x: jnp.mean((w**2 - x) ** 2), jnp.array(-1.0), jnp.array(1.0),
+      ...     jnp.ones(4), jnp.array([0.0, 0.5, 1.0]))
+      >>> print(line.losses)
+      [0. 1. 0.]
+
+    References:
+      Goodfellow et al., `Qualitatively Characterizing Neural Network Optimization
+      Problems <https://arxiv.org/abs/1412.6544>`_, ICLR 2015.
+
+    Cost: a forward pass over the data for each point.
+    """
+    start, end = check_params(start, "start"), check_params(end, "end")
+    check_same_outline("end", end, start)
+    direction = jax.tree.map(jnp.subtract, end, start)
+    return along_line(loss_fn, start, data, direction, fractions, batch_size=batch_size)
+
+
+def random_direction(params: Any, *, key: Key = 0) -> Any:
+    r"""A direction of norm 1, all equally likely.
+
+    .. math::
+      v = z / \|z\|_2, \qquad z \sim N(0, 1)
+
+    Args:
+      params: a tree of real arrays.
+      key: of the direction. Default 0.
+
+    Returns:
+      A tree like the parameters, in at least float32.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from sam_optax import sharpness
+      >>> direction = sharpness.random_direction({"w": jnp.zeros((3, 4))})
+      >>> round(float(optax.tree.norm(direction)), 5)
+      1.0
+
+    Cost: none.
+    """
+    return _tree.unit(_tree.normal_like(typed_key(key), check_params(params)))
+
+
+def filter_normalized_direction(params: Any, *, key: Key = 0) -> Any:
+    r"""A random direction in units of the filters' norms, to compare networks by.
+
+    .. math::
+      v_i = \frac{\|w_i\|}{\|z_i\|} \, z_i, \qquad z \sim N(0, 1)
+
+    for every filter i: all that leads to one output channel, that is one index of the
+    last axis, where Flax and Equinox-style kernels with outputs last have it. Vectors
+    and scalars (biases, scales and shifts of normalisations) are not moved, as in the
+    authors' code.
+
+    Args:
+      params: w, a tree of real arrays.
+      key: of the direction. Default 0.
+
+    Returns:
+      A tree like the parameters, in at least float32. A distance of 1 along it moves
+      every filter by its own norm.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])  # filters of norm 5 and 1
+      >>> v = sharpness.filter_normalized_direction(
+      ...     {"kernel": kernel, "bias": kernel[0]})
+      >>> print(jnp.linalg.norm(v["kernel"], axis=0).round(3), v["bias"])
+      [5. 1.] [0. 0.]
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets
+      <https://arxiv.org/abs/1712.09913>`_, NeurIPS 2018.
+
+    Differences from the authors' code: there a filter is an index of the first axis,
+      where PyTorch has the outputs.
+
+    Cost: none.
+    """
+    params = check_params(params)
+
+    def normalize(weights, noise):
+        if jnp.ndim(weights) < 2:
+            return jnp.zeros_like(noise)
+        axes = tuple(range(weights.ndim - 1))
+        wanted, size = (
+            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (weights, noise)
+        )
+        return noise * (wanted / size)
+
+    noise = _tree.normal_like(typed_key(key), params)
+    return jax.tree.map(normalize, params, noise)
+
+
+def gradient_direction(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> Any:
+    r"""The direction of steepest ascent, of norm 1.
+
+    .. math::
+      v = \nabla L(w) / \|\nabla L(w)\|_2
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A tree like the parameters, in at least float32; zero where the gradient is.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[3.0, 4.0]])
+      >>> print(sharpness.gradient_direction(
+      ...     lambda w, x: jnp.mean(x @ w), jnp.zeros(2), x))
+      [0.6 0.8]
+
+    Cost: one gradient over the data.
+    """
+    params, data = check_params(params), check_data(data, batch_size)
+    return _gradient_direction(loss_fn, params, data, batch_size)
+
+
+def _distances(name: str, values: Any) -> jax.Array:
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(
+            f"{name} must hold at least one number, along one axis; got shape "
+            f"{values.shape}."
+        )
+    return values
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _gradient_direction(loss_fn, params, data, batch_size):
+    return _tree.unit(mean_loss_and_gradient(loss_fn, params, data, batch_size)[1])
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _losses(loss_fn, params, data, directions, points, batch_size):
+    """The loss at w + Σ points[:, i] · directions[i], one point after another."""
+
+    def loss_at(point):
+        moved = params
+        for distance, direction in zip(point, directions, strict=True):
+            moved = _tree.add_scaled(moved, distance, direction)
+        return mean_loss(loss_fn, moved, data, batch_size)
+
+    return jax.lax.map(loss_at, points)

@@ -1,0 +1,354 @@
+"""Curvature as matrices that are never formed: products with vectors, over all data."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sam_optax import _tree
+from sam_optax.sharpness._batches import check_data, mean_over_batches
+from sam_optax.sharpness._checks import check_params, check_same_outline
+from sam_optax.sharpness._loss import mean_loss_and_gradient, one_loss, scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrix:
+    """A symmetric matrix that is known by its products with vectors.
+
+    What `hessian`, `gauss_newton` and `empirical_fisher` return, and what `eigenpairs`,
+    `trace` and `spectral_density` take. Calling it multiplies: `matrix(v)` is a tree
+    like the parameters, at the cost of one pass over the data. It is a pytree, so it
+    can be an argument of jitted functions.
+
+    Attributes:
+      params: where the curvature is taken, in at least float32.
+      data: what it is the mean over.
+      product: (params, v, *batch) -> the product with v for one batch.
+      batch_size: how many examples are evaluated at once, or None for all.
+    """
+
+    params: Any
+    data: Any
+    product: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def dimension(self) -> int:
+        """The number of rows, that is of parameters."""
+        return _tree.size(self.params)
+
+    def __call__(self, vector: Any) -> Any:
+        check_same_outline("The vector", vector, self.params)
+        return _multiply(self, _tree.cast_like(vector, self.params))
+
+
+@jax.jit
+def _multiply(matrix: Matrix, vector: Any) -> Any:
+    return mean_over_batches(
+        lambda index, *batch: matrix.product(matrix.params, vector, *batch),
+        matrix.data,
+        matrix.batch_size,
+    )
+
+
+# Compared by the functions they hold, so that equal matrices share compiled programs.
+@dataclasses.dataclass(frozen=True)
+class _HessianProduct:
+    loss_fn: Callable[..., Any]
+
+    def __call__(self, params, vector, *batch):
+        gradient = jax.grad(lambda w: scalar(self.loss_fn)(w, *batch))
+        return jax.jvp(gradient, (params,), (vector,))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _GaussNewtonProduct:
+    model_fn: Callable[..., Any]
+    loss_fn: Callable[..., Any]
+
+    def __call__(self, params, vector, *batch):
+        def model(w):
+            return self.model_fn(w, *batch)
+
+        outputs, forwards = jax.linearize(model, params)
+        gradient = jax.grad(lambda z: scalar(self.loss_fn)(z, *batch))
+        curved = jax.jvp(gradient, (outputs,), (forwards(vector),))[1]
+        return jax.linear_transpose(forwards, vector)(curved)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _FisherProduct:
+    loss_fn: Callable[..., Any]
+
+    def __call__(self, params, vector, *batch):
+        def losses(w):
+            one = one_loss(self.loss_fn)
+            return jax.vmap(lambda *example: one(w, *example))(*batch)
+
+        values, forwards = jax.linearize(losses, params)
+        slopes = forwards(vector) / len(values)
+        return jax.linear_transpose(forwards, vector)(slopes)[0]
+
+
+def hessian(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> Matrix:
+    r"""The Hessian of the loss: `hessian(...)(v)` is the Hessian-vector product.
+
+    .. math::
+      H v = \nabla^2 L(w) \, v
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
+        must have forward derivatives, so no `jax.custom_vjp`.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Matrix`.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: from a product, if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> H = sharpness.hessian(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(2), x)
+      >>> print(H(jnp.array([1.0, 1.0])))
+      [1. 9.]
+
+    References:
+      Pearlmutter, `Fast Exact Multiplication by the Hessian
+      <https://doi.org/10.1162/neco.1994.6.1.147>`_, Neural Computation 1994.
+
+    Cost: a product takes the forward derivative of one gradient over the data, some
+      two gradients.
+    """
+    return Matrix(
+        check_params(params),
+        check_data(data, batch_size),
+        _HessianProduct(loss_fn),
+        batch_size,
+    )
+
+
+def gauss_newton(
+    model_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> Matrix:
+    r"""The generalised Gauss–Newton matrix: the Hessian without the model's curvature.
+
+    .. math::
+      G = J^\top \, \nabla_z^2 \ell(z) \, J, \qquad
+      z = f(w), \quad J = \frac{\partial f}{\partial w}
+
+    For cross-entropy of logits, and for squared errors, it is the Fisher matrix with
+    labels drawn from the model. It has no negative eigenvalues where the loss is convex
+    in the outputs.
+
+    Args:
+      model_fn: f, (params, *data) -> outputs, a tree of arrays.
+      loss_fn: ℓ, (outputs, *data) -> a scalar, the mean over the examples.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments after the parameters, as a tuple of trees of arrays with the
+        examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Matrix`.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: from a product, if the loss is no scalar.
+
+    Examples:
+      For z = w², the Hessian of (z − x)² / 2 at w = 1 is 2 (3 − x), and G is 4.
+
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> G = sharpness.gauss_newton(
+      ...     lambda w, x: w**2, lambda z, x: jnp.mean((z - x) ** 2) / 2,
+      ...     jnp.array(1.0), jnp.array([5.0, 7.0]))
+      >>> print(G(1.0))
+      4.0
+
+    References:
+      Martens, `New Insights and Perspectives on the Natural Gradient Method
+      <https://arxiv.org/abs/1412.1193>`_, JMLR 2020.
+
+    Cost: a product takes a forward and a backward derivative of the model.
+    """
+    return Matrix(
+        check_params(params),
+        check_data(data, batch_size),
+        _GaussNewtonProduct(model_fn, loss_fn),
+        batch_size,
+    )
+
+
+def empirical_fisher(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> Matrix:
+    r"""The empirical Fisher matrix, of the gradients of single examples.
+
+    .. math::
+      F = \frac{1}{N} \sum_i \nabla \ell_i(w) \, \nabla \ell_i(w)^\top
+
+    With the labels of the data; the Fisher matrix proper has the model's own, see
+    `gauss_newton`. `fisher_trace` has its trace exactly.
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
+        is called with one example at a time, under `jax.vmap`.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A `Matrix`.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: from a product, if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> F = sharpness.empirical_fisher(lambda w, x: jnp.mean(x @ w), jnp.ones(2), x)
+      >>> print(F(jnp.array([1.0, 1.0])))
+      [0.5 4.5]
+
+    References:
+      Kunstner et al., `Limitations of the Empirical Fisher Approximation
+      <https://arxiv.org/abs/1905.12558>`_, NeurIPS 2019.
+
+    Cost: a product takes a forward and a backward derivative of the losses.
+    """
+    return Matrix(
+        check_params(params),
+        check_data(data, batch_size),
+        _FisherProduct(loss_fn),
+        batch_size,
+    )
+
+
+def gradient_norm(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> jax.Array:
+    r"""The norm of the gradient over all data.
+
+    .. math::
+      \|\nabla L(w)\|_2
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once. Default None: all.
+
+    Returns:
+      A scalar, at least float32.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+      >>> print(sharpness.gradient_norm(lambda w, x: jnp.sum(x @ w), jnp.ones(2), x))
+      5.0
+
+    Cost: one gradient over the data.
+    """
+    data = check_data(data, batch_size)
+    return _gradient_norm(loss_fn, check_params(params), data, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _gradient_norm(loss_fn, params, data, batch_size):
+    return _tree.norm(mean_loss_and_gradient(loss_fn, params, data, batch_size)[1])
+
+
+def fisher_trace(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+) -> jax.Array:
+    r"""The trace of the empirical Fisher matrix: the mean squared norm of gradients.
+
+    .. math::
+      \mathrm{tr} F = \frac{1}{N} \sum_i \|\nabla \ell_i(w)\|_2^2
+
+    Args:
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
+        is called with one example at a time, under `jax.vmap`.
+      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
+      data: the arguments of the loss after the parameters, as a tuple of trees of
+        arrays with the examples along their first axis, or a `stream`.
+      batch_size: how many examples to evaluate at once, each with a gradient of its own
+        in memory. Default None: all.
+
+    Returns:
+      A scalar, at least float32; exact, unlike `trace(empirical_fisher(...))`.
+
+    Raises:
+      ValueError: if the data are empty or uneven, or params is not finite (where it is
+        not traced).
+      TypeError: if the loss is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> print(sharpness.fisher_trace(lambda w, x: jnp.mean(x @ w), jnp.ones(2), x))
+      5.0
+
+    Cost: one gradient over the data, taken example by example.
+    """
+    data = check_data(data, batch_size)
+    return _fisher_trace(loss_fn, check_params(params), data, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _fisher_trace(loss_fn, params, data, batch_size):
+    def squared_norms(index, *batch):
+        del index
+        gradients = jax.vmap(lambda *one: jax.grad(one_loss(loss_fn))(params, *one))
+        return jnp.mean(jax.vmap(_tree.squared_norm)(gradients(*batch)))
+
+    return mean_over_batches(squared_norms, data, batch_size)

@@ -1,0 +1,329 @@
+"""Eigenvalues, trace and spectral density of a matrix, by matfree."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from sam_optax import _tree
+from sam_optax._hyperparameters import check_positive_integer
+from sam_optax._random import Key, typed_key
+from sam_optax.sharpness._ball import Estimate, check_at_least_two, estimate_over_keys
+from sam_optax.sharpness._matrices import Matrix
+
+Which = Literal["largest", "smallest"]
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues with their vectors, from the extreme inwards.
+
+    Attributes:
+      values: the eigenvalues.
+      vectors: a tree like the parameters whose leaves hold one vector after another
+        along a new first axis; each has norm 1, and its sign is arbitrary.
+      residuals: ‖Av − λv‖. There is an eigenvalue within that distance of λ.
+    """
+
+    values: jax.Array  # shape=(k,), at least float32
+    vectors: Any  # shapes=(k, ...), at least float32
+    residuals: jax.Array  # shape=(k,), at least float32
+
+    def vector(self, index: int) -> Any:
+        """One of the vectors, as a tree like the parameters."""
+        return jax.tree.map(lambda leaf: leaf[index], self.vectors)
+
+
+class SpectralDensity(NamedTuple):
+    """The distribution of the eigenvalues, as weighted nodes from each random vector.
+
+    Attributes:
+      nodes: where on the real line.
+      weights: how much of the spectrum, with sum 1 for each random vector.
+    """
+
+    nodes: jax.Array  # shape=(num_samples, num_matvecs), at least float32
+    weights: jax.Array  # shape=(num_samples, num_matvecs), at least float32
+
+    def moment(self, power: int) -> jax.Array:
+        """The mean of λ^power over the spectrum, that is tr(A^power) / dimension.
+
+        Without bias, up to rounding, for powers up to 2 num_matvecs − 1.
+        """
+        return jnp.mean(jnp.sum(self.weights * self.nodes**power, axis=1))
+
+    def on_grid(self, grid: Any, width: Any) -> jax.Array:
+        """The density at the points of a grid, with nodes widened to Gaussians.
+
+        Args:
+          grid: shape (points,), real.
+          width: the standard deviation of the Gaussians, above 0.
+
+        Returns:
+          Shape (points,); its integral over the real line is 1.
+        """
+        distance = (jnp.asarray(grid)[:, None, None] - self.nodes) / width
+        peak = self.weights / (width * jnp.sqrt(2 * jnp.pi))
+        return jnp.mean(jnp.sum(peak * jnp.exp(-(distance**2) / 2), axis=2), axis=1)
+
+
+def eigenpairs(
+    matrix: Matrix,
+    k: int = 1,
+    *,
+    which: Which = "largest",
+    num_matvecs: int | None = None,
+    key: Key = 0,
+) -> Eigenpairs:
+    r"""The k largest or smallest eigenvalues, with their vectors, by Lanczos.
+
+    .. math::
+      A v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
+
+    Lanczos with full reorthogonalisation, so that no eigenvalue appears twice that is
+    not there twice.
+
+    Args:
+      matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
+      k: how many.
+      which: "largest" or "smallest", as real numbers: the smallest of a Hessian are the
+        most negative. Default "largest".
+      num_matvecs: how many products to spend, at least k. Default 4k + 20, or the
+        dimension where that is less; then the result is exact. See `residuals` for
+        whether it was enough.
+      key: of the start vector. Default 0.
+
+    Returns:
+      `Eigenpairs`. Ill-conditioned spectra need float64 for all their digits.
+
+    Raises:
+      ValueError: if k or num_matvecs is no integer from 1 to the dimension.
+      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> H = sharpness.hessian(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(2), x)
+      >>> pairs = sharpness.eigenpairs(H, 2)
+      >>> print(pairs.values.round(3), jnp.abs(pairs.vector(0)).round(3))
+      [9. 1.] [0. 1.]
+
+    References:
+      Krämer et al., `matfree <https://github.com/pnkraemer/matfree>`_, whose
+      decomposition it is. Ghorbani et al., `An Investigation into Neural Net
+      Optimization via Hessian Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_,
+      ICML 2019.
+
+    Cost: num_matvecs + 1 products with the matrix, and num_matvecs vectors in memory.
+    """
+    _matfree()
+    check_positive_integer("k", k)
+    if which not in ("largest", "smallest"):
+        raise ValueError(f'which must be "largest" or "smallest", got {which!r}.')
+    size = matrix.dimension
+    if k > size:
+        raise ValueError(f"k must be at most the dimension, {size}, got {k}.")
+    count = min(size, 4 * k + 20) if num_matvecs is None else num_matvecs
+    _check_matvecs(count, size)
+    if count < k:
+        raise ValueError(f"num_matvecs must be at least k = {k}, got {count}.")
+    return _eigenpairs(matrix, typed_key(key), k=k, which=which, num_matvecs=count)
+
+
+def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
+    r"""The trace, estimated by Hutchinson's method.
+
+    .. math::
+      \mathrm{tr} A = \mathbb{E} \, v^\top A v, \qquad v_i = \pm 1
+
+    Args:
+      matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
+      num_samples: how many random v. Default 100.
+      key: of these. Default 0.
+
+    Returns:
+      An `Estimate`. Its mean is the sum of the eigenvalues.
+
+    Raises:
+      ValueError: if num_samples < 2.
+      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+
+    Examples:
+      Signs give the trace of a diagonal matrix exactly.
+
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> H = sharpness.hessian(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(2), x)
+      >>> print(*sharpness.trace(H))
+      10.0 0.0
+
+    References:
+      Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix
+      <https://doi.org/10.1080/03610919008812866>`_, 1990, by way of
+      `matfree <https://github.com/pnkraemer/matfree>`_.
+
+    Cost: num_samples products with the matrix.
+    """
+    _matfree()
+    check_at_least_two("num_samples", num_samples)
+    return _trace(matrix, typed_key(key), num_samples=num_samples)
+
+
+def spectral_density(
+    matrix: Matrix,
+    *,
+    num_matvecs: int | None = None,
+    num_samples: int = 10,
+    key: Key = 0,
+) -> SpectralDensity:
+    r"""The density of all eigenvalues, by stochastic Lanczos quadrature.
+
+    .. math::
+      \phi(t) = \frac{1}{p} \sum_i \delta(t - \lambda_i) \approx
+        \frac{1}{S} \sum_s \sum_j \omega_{sj} \, \delta(t - \theta_{sj})
+
+    where θ and ω are the Ritz values of Lanczos, started at a random vector, and the
+    squared first entries of their eigenvectors.
+
+    Args:
+      matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
+      num_matvecs: products for each random vector. Default 50, or the dimension where
+        that is less.
+      num_samples: how many random vectors. Default 10.
+      key: of these. Default 0.
+
+    Returns:
+      A `SpectralDensity`. Its extreme nodes are close to the extreme eigenvalues.
+
+    Raises:
+      ValueError: if a count is no positive integer, or num_matvecs is above the
+        dimension.
+      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> H = sharpness.hessian(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(2), x)
+      >>> density = sharpness.spectral_density(H)
+      >>> print(f"{density.moment(1):.3f} {density.moment(2):.3f}")
+      5.000 41.000
+
+    References:
+      Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
+      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The
+      decomposition is that of `matfree <https://github.com/pnkraemer/matfree>`_.
+
+    Cost: num_samples · (num_matvecs + 1) products with the matrix, and num_matvecs
+      vectors in memory.
+    """
+    _matfree()
+    size = matrix.dimension
+    count = min(size, 50) if num_matvecs is None else num_matvecs
+    _check_matvecs(count, size)
+    check_positive_integer("num_samples", num_samples)
+    return _spectral_density(
+        matrix, typed_key(key), num_matvecs=count, num_samples=num_samples
+    )
+
+
+def _matfree() -> Any:
+    """matfree, imported when it is needed, for it is an extra."""
+    try:
+        import matfree.decomp
+        import matfree.stochtrace
+    except ImportError as error:
+        raise ImportError(
+            "Eigenvalues, traces and spectra are computed by matfree: "
+            'pip install "sam_optax[sharpness]".'
+        ) from error
+    return matfree
+
+
+def _check_matvecs(count: Any, size: int) -> None:
+    check_positive_integer("num_matvecs", count)
+    if count > size:
+        raise ValueError(
+            f"num_matvecs must be at most the dimension, {size}, got {count}."
+        )
+
+
+def _flat(matrix: Matrix) -> tuple[Callable[[Any], Any], jax.Array, Callable]:
+    """(product of flat vectors, such a vector, flat -> tree)."""
+    like, unravel = ravel_pytree(_tree.zeros_like(matrix.params))
+    return lambda v: ravel_pytree(matrix(unravel(v)))[0], like, unravel
+
+
+class _Tridiagonal(NamedTuple):
+    """scale · (basisᵀ · small · basis), up to what the basis does not span."""
+
+    scale: jax.Array  # shape=()
+    small: jax.Array  # shape=(num_matvecs, num_matvecs)
+    basis: jax.Array  # shape=(num_matvecs, dimension), orthonormal rows
+    residual: jax.Array  # shape=(), the norm of what a next product would add
+
+
+def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Tridiagonal:
+    multiply, _, _ = _flat(matrix)
+    # To a size of about 1, because matfree squares and sums entries.
+    scale = jnp.max(jnp.abs(multiply(start)))
+    shrink = _tree.reciprocal_or_zero(scale)
+
+    def multiply_inexactly(v):
+        # Lanczos divides by what a product adds to the basis. That is exactly zero for
+        # multiples of the identity, and where the start lies in an invariant subspace;
+        # an error as small as that of rounding lets it go on there.
+        product = multiply(v) * shrink
+        bits = jax.lax.bitcast_convert_type(v[:1].astype(jnp.float32), jnp.uint32)[0]
+        noise = jax.random.normal(jax.random.key(bits), v.shape, v.dtype)
+        size = (jnp.linalg.vector_norm(product) + 1) / v.size**0.5
+        return product + jnp.finfo(v.dtype).eps * size * noise
+
+    decompose = _matfree().decomp.tridiag_sym(num_matvecs, custom_vjp=False)
+    basis, small, residual, _ = decompose(multiply_inexactly, start)
+    return _Tridiagonal(scale, small, basis, jnp.linalg.vector_norm(residual))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which", "num_matvecs"))
+def _eigenpairs(matrix, key, *, k, which, num_matvecs):
+    _, like, unravel = _flat(matrix)
+    start = jax.random.normal(key, like.shape, like.dtype)
+    scale, small, basis, residual = _tridiagonalise(matrix, start, num_matvecs)
+    values, coefficients = jnp.linalg.eigh(small)  # ascending
+    chosen = slice(None, k) if which == "smallest" else slice(None, -k - 1, -1)
+    values, coefficients = values[chosen], coefficients[:, chosen]
+    vectors = jax.vmap(unravel)(coefficients.T @ basis)
+    residuals = residual * jnp.abs(coefficients[-1])
+    return Eigenpairs(scale * values, vectors, scale * residuals)
+
+
+@functools.partial(jax.jit, static_argnames=("num_samples",))
+def _trace(matrix, key, *, num_samples):
+    multiply, like, _ = _flat(matrix)
+    integrand = _matfree().stochtrace.monte_carlo_trace()
+
+    def sample(key):
+        return integrand(multiply, _signs(key, like))
+
+    return estimate_over_keys(sample, key, num_samples)
+
+
+def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
+    return _matfree().stochtrace.sampler_signs(like, num=1)(key)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("num_matvecs", "num_samples"))
+def _spectral_density(matrix, key, *, num_matvecs, num_samples):
+    _, like, _ = _flat(matrix)
+
+    def sample(key):
+        tridiagonal = _tridiagonalise(matrix, _signs(key, like), num_matvecs)
+        nodes, vectors = jnp.linalg.eigh(tridiagonal.small)
+        return tridiagonal.scale * nodes, vectors[0] ** 2
+
+    keys = jax.random.split(key, num_samples)
+    return SpectralDensity(*jax.lax.map(sample, keys))
