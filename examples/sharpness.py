@@ -34,6 +34,7 @@ from sam_optax import plot
 
 METHODS = ["sgd", "sam", "asam", "fsam", "gsam", "stable_sam"]
 RHO = 0.05  # of the measures; each method trains with the rho of digits.py
+SLICE, PLANE = 41, 25  # points along a line, and along each side of a plane
 QUICK = {"seeds": 1, "epochs": 20}
 
 
@@ -94,10 +95,10 @@ def measure(loss_fn, params: Any, data: digits.Data, accuracy: float) -> Solutio
         {name: float(value) for name, value in numbers.items()},
         sharpness.spectral_density(H, num_samples=5),
         sharpness.along_line(
-            loss_fn, params, examples, direction, jnp.linspace(-1, 1, 41)
+            loss_fn, params, examples, direction, jnp.linspace(-1, 1, SLICE)
         ),
         sharpness.along_line(
-            loss_fn, params, examples, pairs.vector(0), jnp.linspace(-2, 2, 41)
+            loss_fn, params, examples, pairs.vector(0), jnp.linspace(-2, 2, SLICE)
         ),
     )
 
@@ -177,7 +178,7 @@ def draw_surfaces(
             sharpness.filter_normalized_direction(solution.params, key=key)
             for key in (0, 1)
         ]
-        distances = jnp.linspace(-1, 1, 25)
+        distances = jnp.linspace(-1, 1, PLANE)
         surfaces[name] = sharpness.over_plane(
             loss_fn,
             solution.params,

@@ -414,3 +414,28 @@ def test_data_parallel_is_the_same_on_one_process_and_on_two():
     assert float(accuracies[0]) > 93
     assert "1 processes, 2 devices" in printed[0]
     assert "2 processes, 2 devices" in printed[1]
+
+
+def test_the_sharpness_example_measures_and_draws_what_it_says(
+    digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "digits", digits)
+    script = load("sharpness")
+    tiny = ["--methods", "sgd", "sam", "--epochs", "5", "--seeds", "2"]
+    monkeypatch.setattr(script, "SLICE", 5)
+    monkeypatch.setattr(script, "PLANE", 3)
+    assert script.main([*tiny, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "sharpness.json").read_text())
+    for method in ("sgd", "sam"):
+        assert method in printed
+        assert len(content["solutions"][method]) == 2
+        for numbers in content["solutions"][method]:
+            assert numbers["worst case"] >= 0.99 * numbers["surrogate gap"] > 0
+            assert numbers["worst case, 10 rho"] > numbers["worst case"]
+            assert numbers["trace"] > numbers["largest eigenvalue"] > 0
+            estimate = 2 * numbers["surrogate gap"] / content["rho"] ** 2
+            assert numbers["2h/rho², surrogate gap"] == pytest.approx(estimate)
+    for name in ("sharpness.png", "surfaces.png"):
+        picture = imread(tmp_path / name)
+        assert picture.std() > 0.1

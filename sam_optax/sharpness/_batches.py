@@ -19,41 +19,37 @@ class Stream:
 
     def __init__(self, batches: Sequence[Any]):
         self._batches = batches
-        self._first = self._outline(0)
-        self._last = self._outline(len(batches) - 1)
+        self.first = _outline(self._read(0))
+        self.last = _outline(self._read(len(batches) - 1))
         # The last one may be shorter; which of the others differs shows when fetched.
-        self.size = example_count(self._first) * (len(batches) - 1)
-        self.size += example_count(self._last)
+        self.size = example_count(self.first) * (len(batches) - 1)
+        self.size += example_count(self.last)
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def read(self, index: Any) -> tuple[Any, ...]:
-        """A batch as NumPy arrays, in the dtypes that JAX computes in."""
-        batch = jax.tree.map(np.asarray, as_arguments(self._batches[int(index)]))
-        return jax.tree.map(
-            lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), batch
+    def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
+        """One batch, inside a compiled program, in the dtypes that JAX computes in."""
+        expected = self.last if is_last else self.first
+        outline = jax.tree.map(
+            lambda s: s.update(dtype=jax.dtypes.canonicalize_dtype(s.dtype)), expected
         )
 
-    def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
-        """The same inside a compiled program."""
-        outline = self._last if is_last else self._first
-
-        def read_checked(index):
-            batch = self.read(index)
-            if _outline(batch) != outline:
+        def read(index):
+            batch = self._read(index)
+            if _outline(batch) != expected:
                 raise ValueError(
                     "All streamed batches but the last must have the same structure, "
                     f"shapes and dtypes; batch {int(index)} has {_outline(batch)}, "
-                    f"expected {outline}."
+                    f"expected {expected}."
                 )
-            return batch
+            return jax.tree.map(lambda x, s: x.astype(s.dtype), batch, outline)
 
         # Reads by index, so that JAX is free to call it in any order, and again.
-        return jax.pure_callback(read_checked, outline, index, vmap_method="sequential")
+        return jax.pure_callback(read, outline, index, vmap_method="sequential")
 
-    def _outline(self, index: int) -> Any:
-        return _outline(self.read(index))
+    def _read(self, index: Any) -> tuple[Any, ...]:
+        return jax.tree.map(np.asarray, as_arguments(self._batches[int(index)]))
 
 
 def _outline(batch: Any) -> Any:
@@ -121,7 +117,7 @@ def check_data(data: Any, batch_size: int | None, m: int | None = None) -> Any:
     if isinstance(data, Stream):
         if batch_size is not None:
             raise ValueError("Streamed data have their batches; leave out batch_size=.")
-        _check_groups(m, [data._first, data._last])
+        _check_groups(m, [data.first, data.last])
         return data
     data = as_arguments(data)
     example_count(data)
@@ -166,7 +162,7 @@ def mean_over_batches(
     """
     if isinstance(data, Stream):
         count, size = len(data), data.size
-        batch = example_count(data._first)
+        batch = example_count(data.first)
         even = size == count * batch
         whole = count if even else count - 1
 

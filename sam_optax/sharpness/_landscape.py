@@ -224,7 +224,7 @@ def random_direction(params: Any, *, key: Key = 0) -> Any:
 
     Cost: none.
     """
-    return _tree.unit(_tree.normal_like(typed_key(key), check_params(params)))
+    return _random_direction(check_params(params), typed_key(key))
 
 
 def filter_normalized_direction(params: Any, *, key: Key = 0) -> Any:
@@ -264,19 +264,7 @@ def filter_normalized_direction(params: Any, *, key: Key = 0) -> Any:
 
     Cost: none.
     """
-    params = check_params(params)
-
-    def normalize(weights, noise):
-        if jnp.ndim(weights) < 2:
-            return jnp.zeros_like(noise)
-        axes = tuple(range(weights.ndim - 1))
-        wanted, size = (
-            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (weights, noise)
-        )
-        return noise * (wanted / size)
-
-    noise = _tree.normal_like(typed_key(key), params)
-    return jax.tree.map(normalize, params, noise)
+    return _filter_normalized_direction(check_params(params), typed_key(key))
 
 
 def gradient_direction(
@@ -329,6 +317,25 @@ def _distances(name: str, values: Any) -> jax.Array:
             f"{values.shape}."
         )
     return values
+
+
+@jax.jit
+def _random_direction(params, key):
+    return _tree.unit(_tree.normal_like(key, params))
+
+
+@jax.jit
+def _filter_normalized_direction(params, key):
+    def normalize(weights, noise):
+        if weights.ndim < 2:
+            return jnp.zeros_like(noise)
+        axes = tuple(range(weights.ndim - 1))
+        wanted, size = (
+            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (weights, noise)
+        )
+        return noise * (wanted / size)
+
+    return jax.tree.map(normalize, params, _tree.normal_like(key, params))
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))

@@ -1,0 +1,180 @@
+"""The pictures show what they are given, and say what is what."""
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+import sam_optax
+from sam_optax import sharpness
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from sam_optax import plot
+
+T = np.linspace(-1, 1, 9)
+DENSITY = sharpness.SpectralDensity(
+    jnp.array([[0.0, 1.0], [0.0, 1.2]]), jnp.array([[0.9, 0.1], [0.8, 0.2]])
+)
+SURFACE = sharpness.Surface(T, T[:5], 0.01 + T[:5, None] ** 2 + T**2)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def recorder(steps=4, skipped=()):
+    """Records of 0, 1, 2, ... in every field, NaN where a step is skipped."""
+    kept = sam_optax.Recorder()
+    values = np.arange(steps, dtype=float)
+    there = np.where(np.isin(values, skipped), np.nan, values)
+    report = sam_optax.Report(
+        there, there, values, there, there, there, np.isfinite(there)
+    )
+    kept.add(values, report)
+    return kept
+
+
+def test_a_spectrum_is_the_density_and_names_the_largest_eigenvalue():
+    other = sharpness.SpectralDensity(DENSITY.nodes * 2, DENSITY.weights)
+    ax = plot.spectrum({"SAM": DENSITY, "SGD": other}, width=0.05, points=500)
+    assert legend(ax) == ["SAM, largest 1.2", "SGD, largest 2.4"]
+    curve = ax.get_lines()[0]
+    expected = DENSITY.on_grid(curve.get_xdata(), 0.05)
+    np.testing.assert_allclose(curve.get_ydata(), expected)
+    assert (ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == (
+        *("log", "eigenvalue", "density"),
+    )
+    bottom, top = ax.get_ylim()
+    assert 0 < bottom < top < 1000
+    assert list(ax.get_lines()[3].get_xdata()) == pytest.approx([2.4, 2.4])
+
+
+def test_a_spectrum_of_one_value_can_be_drawn():
+    ax = plot.spectrum(sharpness.SpectralDensity(jnp.zeros((1, 1)), jnp.ones((1, 1))))
+    assert legend(ax) == ["largest 0"]
+
+
+def test_lines_are_drawn_on_the_axes_that_are_given():
+    _, given = plt.subplots()
+    lines = {name: sharpness.Line(T, k * T**2) for k, name in enumerate(("a", "b"))}
+    ax = plot.lines(lines, xlabel="along v", ax=given)
+    assert ax is given
+    assert legend(ax) == ["a", "b"]
+    np.testing.assert_array_equal(ax.get_lines()[1].get_ydata(), T**2)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("along v", "loss")
+    assert plot.lines(lines["a"]).get_legend() is None
+
+
+def test_surfaces_share_their_colours_and_say_which_is_which():
+    high = SURFACE._replace(losses=5 * SURFACE.losses)
+    axes = plot.surfaces({"SAM": SURFACE, "SGD": high, "more": high, "last": high})
+    assert [ax.get_title() for ax in axes] == ["SAM", "SGD", "more", "last"]
+    levels = [ax.collections[0].levels for ax in axes]
+    np.testing.assert_array_equal(levels[0], levels[1])
+    assert levels[0][0] == pytest.approx(0.01)
+    assert levels[0][-1] == pytest.approx(5 * 2.01)
+    assert axes[0].get_xlim() == (-1, 1)
+    assert axes[0].get_ylim() == (-1, 0)
+    assert len(axes[0].figure.axes) == 5  # four panels and the colour bar
+
+
+def test_losses_that_overflow_or_vanish_do_not_spoil_a_surface():
+    losses = np.array(SURFACE.losses)
+    losses[0, 0], losses[1, 1], losses[2, 2] = np.inf, np.nan, 0
+    axes = plot.surfaces(SURFACE._replace(losses=losses))
+    axes[0].figure.canvas.draw()
+    assert axes[0].collections[0].levels[-1] < 3
+
+
+def test_training_shows_every_field_and_leaves_out_skipped_steps():
+    axes = plot.training({"SAM": recorder(), "LookSAM": recorder(skipped=(1, 3))})
+    assert [ax.get_title() for ax in axes] == [
+        *("loss", "perturbed loss", "surrogate gap", "norms of g and gᵃ"),
+        *("cosine of g and gᵃ", "norm of ε"),
+    ]
+    assert legend(axes[0]) == ["SAM", "LookSAM"]
+    assert legend(axes[3]) == ["SAM, g", "SAM, gᵃ", "LookSAM, g", "LookSAM, gᵃ"]
+    assert list(axes[0].get_lines()[1].get_xdata()) == [0, 1, 2, 3]
+    for ax in (*axes[1:3], *axes[4:]):
+        assert list(ax.get_lines()[1].get_xdata()) == [0, 2]
+        assert list(ax.get_lines()[1].get_ydata()) == [0, 2]
+    assert plot.training(recorder())[0].get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot.lines({}), "nothing to draw"),
+        (
+            lambda: plot.training(recorder(), axes=[None] * 5),
+            "6 axes are needed, got 5",
+        ),
+        (
+            lambda: plot.surfaces(SURFACE._replace(losses=np.full((5, 9), np.nan))),
+            "No loss is finite",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- The recorder.
+
+SCALAR = sam_optax.Report(*[jnp.float32(0.5)] * 6, ascended=jnp.bool_(True))
+
+
+def test_a_recorder_joins_steps_and_stacks_of_steps():
+    kept = recorder(steps=3)
+    kept.add(jnp.float32(7), SCALAR)
+    kept.add(jnp.float32(8), SCALAR, step=10)
+    assert len(kept) == 5
+    arrays = kept.arrays()
+    assert set(arrays) == {"step", "loss", *sam_optax.Report._fields}
+    assert list(arrays["step"]) == [0, 1, 2, 3, 10]
+    assert list(arrays["loss"]) == [0, 1, 2, 7, 8]
+    assert list(arrays["cosine"]) == [0, 1, 2, 0.5, 0.5]
+    kept.add(jnp.float32(9), SCALAR)
+    assert kept.arrays()["step"][-1] == 11
+
+
+def test_a_recorder_without_steps_is_empty():
+    empty = sam_optax.Recorder()
+    assert len(empty) == 0
+    assert all(len(values) == 0 for values in empty.arrays().values())
+
+
+def test_a_recorder_hands_each_step_to_a_logger():
+    rows = []
+    kept = sam_optax.Recorder(log=lambda step, values: rows.append((step, values)))
+    kept.add(jnp.float32(7), SCALAR, step=3)
+    kept.add(jnp.ones(2), sam_optax.Report(*[jnp.arange(2.0)] * 7))
+    assert [step for step, _ in rows] == [3, 4, 5]
+    assert rows[0][1]["loss"] == 7
+    assert [values["cosine"] for _, values in rows] == [0.5, 0, 1]
+    assert all(type(x) is float for _, values in rows for x in values.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "report", "message"),
+    [
+        (1.0, None, r"sam_value_and_grad\(..., report=True\)"),
+        (jnp.ones(3), SCALAR, "as many steps each; their shapes are"),
+        (jnp.ones((2, 2)), sam_optax.Report(*[jnp.ones((2, 2))] * 7), "shapes are"),
+    ],
+)
+def test_a_recorder_takes_reports_only(loss, report, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        sam_optax.Recorder().add(loss, report)
+    with pytest.raises(TypeError, match="log must be a function"):
+        sam_optax.Recorder(log="tensorboard")
