@@ -610,6 +610,148 @@ MUTANTS = {
         "state.average, state.average, 1 -",
         first="mesa",
     ),
+    # --- Measures of sharpness.
+    "sharpness: descends": Mutant(
+        "sharpness/_ball.py",
+        "_tree.scale(self.rho, _tree.unit(gradient))",
+        "_tree.scale(-self.rho, _tree.unit(gradient))",
+        first="surrogate_gap",
+    ),
+    "sharpness: never projects": Mutant(
+        "sharpness/_ball.py",
+        "return ball.project(delta), best",
+        "return delta, best",
+        first="brute_force",
+    ),
+    "sharpness: cube is no cube": Mutant(
+        "sharpness/_ball.py",
+        "jnp.clip(d, -rho, rho)",
+        "jnp.minimum(d, rho)",
+        first="brute_force",
+    ),
+    "sharpness: last point not looked at": Mutant(
+        "sharpness/_ball.py",
+        "return keep_higher(best, at(delta, mean_loss), delta)",
+        "return best",
+        first="brute_force or minimum or m_sharpness",
+    ),
+    "sharpness: last point wins": Mutant(
+        "sharpness/_ball.py",
+        "is_higher = loss > best[0]",
+        "is_higher = loss == loss",
+        first="brute_force",
+    ),
+    "sharpness: restarts all at w": Mutant(
+        "sharpness/_ball.py",
+        "jnp.where(index == 0, 0, 1)",
+        "jnp.where(index == 0, 0, 0)",
+        first="restarts",
+    ),
+    "sharpness: gradient not stretched": Mutant(
+        "sharpness/_ball.py",
+        "        gradient = self.stretch(gradient)\n",
+        "",
+        first="brute_force or surrogate_gap",
+    ),
+    "sharpness: biased deviation": Mutant(
+        "sharpness/_ball.py", "values.std(ddof=1) / jnp.sqrt(count)", "values.std()"
+    ),
+    "sharpness: last batch counts as a whole one": Mutant(
+        "sharpness/_batches.py",
+        "(size - whole * batch) / size, last)",
+        "batch / size, last)",
+        first="products",
+    ),
+    "sharpness: batches overlap": Mutant(
+        "sharpness/_batches.py",
+        "x, index * batch, batch)",
+        "x, index, batch)",
+        first="products",
+    ),
+    "sharpness: consecutive batches of spread examples": Mutant(
+        "sharpness/_batches.py",
+        "x.reshape(batch, count, *x.shape[1:])",
+        "x.reshape(count, batch, *x.shape[1:]).swapaxes(0, 1)",
+        first="stay_on",
+    ),
+    "sharpness: groups of every n-th example": Mutant(
+        "sharpness/_batches.py",
+        "return x.reshape(x.shape[0] // m, m, *x.shape[1:])",
+        "return x.reshape(m, x.shape[0] // m, *x.shape[1:]).swapaxes(0, 1)",
+        first="m_sharpness",
+    ),
+    "sharpness: streamed shapes not checked": Mutant(
+        "sharpness/_batches.py",
+        "if _outline(batch) != expected:",
+        "if False:",
+        first="alike",
+    ),
+    "sharpness: params left in half precision": Mutant(
+        "sharpness/_checks.py",
+        "return _tree.at_least_float32(jax.tree.map(jnp.asarray, params))",
+        "return jax.tree.map(jnp.asarray, params)",
+        first="half",
+    ),
+    "sharpness: no curvature of the loss": Mutant(
+        "sharpness/_matrices.py",
+        "jax.jvp(gradient, (outputs,), (forwards(vector),))[1]",
+        "forwards(vector)",
+        first="products",
+    ),
+    "sharpness: Fisher not a mean": Mutant(
+        "sharpness/_matrices.py",
+        "forwards(vector) / len(values)",
+        "forwards(vector)",
+        first="products",
+    ),
+    "sharpness: Lanczos divides by zero": Mutant(
+        "sharpness/_spectrum.py",
+        "return product + jnp.finfo(v.dtype).eps * size * noise",
+        "return product",
+        first="divide_by_zero",
+    ),
+    "sharpness: Lanczos at another scale": Mutant(
+        "sharpness/_spectrum.py",
+        "return tridiagonal.scale * nodes, vectors[0] ** 2",
+        "return nodes, vectors[0] ** 2",
+        first="moments",
+    ),
+    "sharpness: weights of the last row": Mutant(
+        "sharpness/_spectrum.py",
+        "nodes, vectors[0] ** 2",
+        "nodes, vectors[-1] ** 2",
+        first="moments",
+    ),
+    "sharpness: smallest for largest": Mutant(
+        "sharpness/_spectrum.py",
+        'if which == "smallest" else',
+        'if which != "smallest" else',
+        first="eigenpairs",
+    ),
+    "sharpness: residuals of the first vector": Mutant(
+        "sharpness/_spectrum.py",
+        "jnp.abs(coefficients[-1])",
+        "jnp.abs(coefficients[0])",
+        first="residuals",
+    ),
+    "sharpness: plane transposed": Mutant(
+        "sharpness/_landscape.py",
+        "jnp.stack(jnp.meshgrid(xs, ys), axis=-1)",
+        'jnp.stack(jnp.meshgrid(xs, ys, indexing="ij"), axis=-1)',
+        first="planes",
+    ),
+    "sharpness: filters along the first axis": Mutant(
+        "sharpness/_landscape.py",
+        "axes = tuple(range(weights.ndim - 1))",
+        "axes = tuple(range(1, weights.ndim))",
+        first="directions",
+    ),
+    "recorder: steps counted by reports": Mutant(
+        "_recorder.py",
+        "self._next_step = first + len(steps)",
+        "self._next_step = first + 1",
+        first="recorder",
+    ),
 }
 
 
@@ -624,6 +766,7 @@ def survives(mutant: Mutant) -> bool:
         if source.count(mutant.old) != 1:
             raise SystemExit(f"{mutant.file} has {mutant.old!r} not exactly once")
         target.write_text(source.replace(mutant.old, mutant.new))
+        measures = ["test_sharpness.py", "test_plot.py"]
         files = [
             "test_closed_forms.py",
             "test_random.py",
@@ -636,6 +779,8 @@ def survives(mutant: Mutant) -> bool:
             "test_trajectory_loss.py",
             "test_contracts.py",
         ]
+        if mutant.file.startswith(("sharpness/", "_recorder")):
+            files = measures
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += [f"tests/{file}" for file in files]
         environment = {"PYTHONPATH": folder, "PATH": "", "JAX_PLATFORMS": "cpu"}
