@@ -4,6 +4,7 @@ Each page's Python blocks run in order in one namespace. A `text` block after on
 what it prints, to the printed digits.
 """
 
+import inspect
 import pathlib
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 import sam_optax
 from lab import assert_trees_close, assert_trees_equal
+from sam_optax import plot, sharpness
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,6 +71,25 @@ def test_every_method_is_registered_documented_and_public():
         assert f"Cost: {gradients} gradient" in doc, name
 
 
+def test_every_measure_and_picture_is_documented():
+    measures = [
+        value
+        for module in (sharpness, plot)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    ]
+    assert len(measures) >= 20
+    for measure in measures:
+        doc = measure.__doc__
+        sections = ["Args:", "Returns:", "Examples:"]
+        if measure.__module__.startswith("sam_optax.sharpness"):
+            sections += [] if measure is sharpness.stream else [".. math::", "Cost:"]
+        for section in sections:
+            assert section in doc, (measure, section)
+        for argument in inspect.signature(measure).parameters:
+            assert re.search(rf"^      {argument}: ", doc, re.M), (measure, argument)
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
@@ -97,6 +118,7 @@ def test_the_core_imports_jax_and_optax_only():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     extras = {"flax", "matplotlib", "sklearn", "rich", "orbax", "equinox", "hypothesis"}
+    extras |= {"matfree"}
     assert not extras & set(result.stdout.split())
 
 
