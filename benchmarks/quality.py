@@ -5,8 +5,8 @@
 trains the digits network of `examples/digits.py`, with 40 % of the labels wrong, for
 several numbers of epochs with each method that spends less than two gradients per step,
 beside SGD and SAM. Prints at what fraction of SAM's cost each comes as far as SAM does,
-and writes quality.json and quality.png, where the Pareto front is marked. The rho of each
-method is the default of the example, tuned there on other seeds, for 60 epochs.
+and writes quality.json and quality.png, where the Pareto front is marked. The rho of
+each method is the default of the example, tuned there on other seeds, for 60 epochs.
 """
 
 import argparse
