@@ -17,6 +17,7 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -170,10 +171,10 @@ def make_figure(points: list[Point], goal: Point) -> Figure:
         x = [point.gradients * 1.015 ** (i - len(methods) / 2) for point in mine]
         axes.errorbar(
             x,
-            [point.mean for point in mine],
+            [100 - point.mean for point in mine],
             [point.deviation for point in mine],
             marker="osD^v<>PX*hp"[i % 12],
-            color=f"C{i % 10}",
+            color=matplotlib.colormaps["tab20"](i % 20),
             linewidth=1,
             capsize=2,
             label=method,
@@ -181,18 +182,21 @@ def make_figure(points: list[Point], goal: Point) -> Figure:
     front = pareto_front(points)
     axes.step(
         [point.gradients for point in front],
-        [point.mean for point in front],
+        [100 - point.mean for point in front],
         where="post",
         color="black",
         linewidth=3,
         alpha=0.25,
         label="Pareto front, of the means",
     )
-    axes.axhline(goal.mean, color="grey", linestyle=":", linewidth=1)
-    axes.set_xscale("log")
+    axes.axhline(100 - goal.mean, color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("gradients of a batch, in all")
-    axes.set_ylabel("test accuracy in %, mean ± standard deviation")
-    axes.legend(fontsize="small", ncols=2, loc="lower right")
+    axes.set_ylabel("wrong on the test set in %, mean ± standard deviation")
+    figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
 
@@ -225,7 +229,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=130)
     points = train_all(args, console)
     length = 60 if 60 in args.lengths else args.lengths[-1]
     goal = next(p for p in points if (p.method, p.epochs) == ("sam", length))

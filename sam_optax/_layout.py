@@ -66,12 +66,32 @@ def replicate(x: jax.Array) -> jax.Array:
     return x if first_axes(x) is None else _spread(x, None)
 
 
+def replicate_all(x: jax.Array) -> jax.Array:
+    """The whole of it on every device, whichever of its axes is spread."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def spread_or_replicate(x: jax.Array, length: int) -> jax.Array:
     """x, if parts of this length can lie on all its devices, else the whole on each."""
     axes = first_axes(x)
     if axes is None or _if_divisible(x, axes, length) is not None:
         return x
     return replicate(x)
+
+
+def like(tree: Any, reference: Any) -> Any:
+    """A tree spread over the devices as another of the same shapes."""
+
+    def lay(x, r):
+        sharding = getattr(jax.typeof(r), "sharding", None)
+        if sharding is None or not any(sharding.spec):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, sharding.spec))
+
+    return jax.tree.map(lay, tree, reference)
 
 
 def like_first_axis(x: jax.Array, examples: Any) -> jax.Array:

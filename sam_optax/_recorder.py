@@ -4,9 +4,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from sam_optax._carrier import Report
+from sam_optax._hyperparameters import is_integer
+
+_KEPT_ON_DEVICE = 1000
 
 
 class Recorder:
@@ -14,8 +19,8 @@ class Recorder:
 
     The reports come from `sam_value_and_grad(..., report=True)`. They are kept as they
     come, on the device, so adding one does not wait for the step to end; `arrays`
-    brings them to the host. Where no step is recorded, leave out `report=True`: the
-    compiled step is then that of plain training.
+    brings them to the host, and so does a thousand later ones. Where no step is
+    recorded, leave out `report=True`: the compiled step is then that of plain training.
 
     Args:
       log: called for each step with its number and a dict of floats, for example
@@ -51,6 +56,7 @@ class Recorder:
         self._steps: list[np.ndarray] = []
         self._values: list[dict[str, Any]] = []
         self._next_step = 0
+        self._pending = 0  # of the values, how many may be on the device
 
     def add(self, loss: Any, report: Report, *, step: int | None = None) -> None:
         """Records a step, or several that a `jax.lax.scan` has stacked.
@@ -72,6 +78,13 @@ class Recorder:
                 "and return grads.report from it."
             )
         values = {"loss": loss, **report._asdict()}
+        if any(isinstance(value, Tracer) for value in values.values()):
+            raise TypeError(
+                "A Recorder keeps values, not tracers: return the loss and "
+                "grads.report from the jitted function, and add them outside of it."
+            )
+        if step is not None and not is_integer(step):
+            raise TypeError(f"step must be an integer, got {step!r}.")
         shapes = {np.shape(value) for value in values.values()}
         shape = max(shapes, key=len)
         if len(shapes) > 1 or len(shape) > 1:
@@ -84,6 +97,11 @@ class Recorder:
         self._next_step = first + len(steps)
         self._steps.append(steps)
         self._values.append(values)
+        self._pending += 1
+        if self._pending == 2 * _KEPT_ON_DEVICE:  # old steps, which nobody waits for
+            old = slice(-2 * _KEPT_ON_DEVICE, -_KEPT_ON_DEVICE)
+            self._values[old] = jax.device_get(self._values[old])
+            self._pending = _KEPT_ON_DEVICE
         if self._log is not None:
             columns = {name: np.atleast_1d(x) for name, x in values.items()}
             for i, number in enumerate(steps):

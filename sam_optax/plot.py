@@ -16,6 +16,7 @@ from sam_optax.sharpness import Line, SpectralDensity, Surface
 try:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm, Normalize
 except ImportError as error:
     raise ImportError(
         'sam_optax.plot draws with matplotlib: pip install "sam_optax[plot]".'
@@ -34,8 +35,8 @@ def spectrum(
     Args:
       densities: from `sharpness.spectral_density`, one or several by name.
       width: standard deviation of the Gaussian that each node is drawn as. Default
-        None: a hundredth of the range of all nodes.
-      points: of the curves. Default 2000.
+        None: for each solution, a hundredth of the range of its nodes.
+      points: of each curve. Default 2000.
       ax: where to draw. Default None: on new axes.
 
     Returns:
@@ -43,7 +44,7 @@ def spectrum(
       its largest eigenvalue.
 
     Raises:
-      ValueError: if there is nothing to draw.
+      ValueError: if there is nothing to draw, nodes are not finite, or width <= 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -53,23 +54,22 @@ def spectrum(
       >>> ax.get_xlabel()
       'eigenvalue'
     """
-    named = _named(densities)
-    nodes = np.concatenate([np.ravel(density.nodes) for density in named.values()])
-    span = float(np.ptp(nodes)) or abs(float(nodes[0])) or 1.0
-    width = span / 100 if width is None else width
-    margin = max(4 * width, 0.03 * span)
-    grid = np.linspace(nodes.min() - margin, nodes.max() + margin, points)
-
     ax = _axes(ax)
     lowest = np.inf
-    for i, (name, density) in enumerate(named.items()):
-        curve = np.asarray(density.on_grid(grid, width))
-        largest = float(np.max(density.nodes))
-        ax.plot(grid, curve, color=f"C{i}", label=_label(name, largest))
-        ax.axvline(largest, color=f"C{i}", linestyle="--", linewidth=1)
+    for name, density in _named(densities).items():
+        nodes, weights = np.asarray(density.nodes), np.asarray(density.weights)
+        if not np.all(np.isfinite(nodes)):
+            raise ValueError(f"The nodes of the spectrum {name!r} are not finite.")
+        span = float(np.ptp(nodes)) or abs(float(nodes.max())) or 1.0
+        own_width = span / 100 if width is None else width
+        margin = max(4 * own_width, 0.03 * span)
+        grid = np.linspace(nodes.min() - margin, nodes.max() + margin, points)
+        curve = np.asarray(density.on_grid(grid, own_width))
+        (line,) = ax.plot(grid, curve, label=_label(name, float(nodes.max())))
+        ax.axvline(nodes.max(), color=line.get_color(), linestyle="--", linewidth=1)
         # A node of the least weight that is not rounding, as high as it is drawn.
-        weights = np.asarray(density.weights) / len(density.weights)
-        least = weights[weights > 1e-9].min() / (width * np.sqrt(2 * np.pi))
+        shares = weights / len(weights)
+        least = shares[shares > 1e-9].min() / (own_width * np.sqrt(2 * np.pi))
         lowest = min(lowest, least)
     ax.set_yscale("log")
     ax.set_ylim(bottom=lowest / 3)
@@ -126,11 +126,13 @@ def surfaces(
 
     Args:
       named_surfaces: from `sharpness.over_plane`, one or several by name.
-      levels: how many, spaced evenly in the logarithm of the loss. Default 20.
+      levels: how many, spaced evenly in the logarithm of the loss, or evenly where some
+        losses are negative. Default 20.
       axes: an array of as many axes. Default None: new ones, in rows of three.
 
     Returns:
-      An array of axes, shape (solutions,). A cross marks the parameters.
+      An array of axes, shape (solutions,). A cross marks the parameters. Losses above a
+      thousand times the highest of the panels' minima share the last colour.
 
     Raises:
       ValueError: if there is nothing to draw, there are too few axes, or no loss is
@@ -146,13 +148,13 @@ def surfaces(
     """
     named = _named(named_surfaces)
     axes = _panels(axes, len(named), size=(3.4, 3.2))
-    losses = np.concatenate([np.ravel(s.losses) for s in named.values()])
-    edges = _levels(losses[np.isfinite(losses)], levels)
+    edges, norm = _levels([np.asarray(s.losses) for s in named.values()], levels)
     contours = None
     for (name, surface), ax in zip(named.items(), axes, strict=True):
         xs, ys = np.asarray(surface.xs), np.asarray(surface.ys)
-        heights = np.clip(np.asarray(surface.losses), edges[0], edges[-1])
-        contours = ax.contourf(xs, ys, heights, levels=edges, norm="log")
+        # Logarithms have no zero; what lies below the edges has the first colour anyway.
+        heights = np.ma.masked_invalid(np.maximum(surface.losses, edges[0]))
+        contours = ax.contourf(xs, ys, heights, levels=edges, norm=norm, extend="both")
         ax.contour(xs, ys, heights, levels=edges[::3], colors="black", linewidths=0.4)
         ax.plot(0, 0, "w+", markersize=9, markeredgewidth=2)
         ax.set_title(name)
@@ -178,7 +180,8 @@ def training(
 
     Returns:
       An array of six axes: loss, perturbed loss, surrogate gap, the norms of both
-      gradients, the cosine between them, and the norm of the perturbation.
+      gradients, the cosine between them, and the norm of the perturbation. Steps that
+      did not ascend are left out where they have nothing to show; NaN leaves a gap.
 
     Raises:
       ValueError: if there is nothing to draw, or there are too few axes.
@@ -194,14 +197,14 @@ def training(
     """
     named = _named(recorders)
     axes = _panels(axes, len(_PANELS), size=(3.6, 2.5))
+    records = {name: recorder.arrays() for name, recorder in named.items()}
     for ax, (title, styles) in zip(axes, _PANELS.items(), strict=True):
-        for i, (name, recorder) in enumerate(named.items()):
-            arrays = recorder.arrays()
+        for i, (name, arrays) in enumerate(records.items()):
             for (field, label), style in zip(styles.items(), ("-", ":"), strict=False):
                 text = ", ".join(part for part in (name, label) if part)
-                # Steps without a second gradient have nothing to show in some panels.
-                known = np.isfinite(arrays[field])
-                steps, values = arrays["step"][known], arrays[field][known]
+                always = field in ("loss", "ascent_norm")
+                shown = always | np.asarray(arrays["ascended"], bool)
+                steps, values = arrays["step"][shown], arrays[field][shown]
                 ax.plot(steps, values, style, color=f"C{i}", label=text or None)
         ax.set_title(title)
         ax.set_xlabel("step")
@@ -261,9 +264,17 @@ def _panels(axes: Any, count: int, size: tuple[float, float]) -> Any:
     return axes.ravel()[:count]
 
 
-def _levels(losses: np.ndarray, count: int) -> np.ndarray:
-    if losses.size == 0 or losses.max() <= 0:
-        raise ValueError("No loss is finite and above zero.")
-    # A loss of exactly zero would need infinitely many decades.
-    lowest = max(losses.min(), losses.max() * 1e-6)
-    return np.geomspace(lowest, max(losses.max(), 1.001 * lowest), count + 1)
+def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize]:
+    """Shared edges of the colours, and the scale that they are even in."""
+    known = [x[np.isfinite(x)] for x in losses]
+    if not all(x.size for x in known):
+        raise ValueError("A surface holds no finite loss.")
+    lowest, highest = min(x.min() for x in known), max(x.max() for x in known)
+    if lowest < 0:
+        edges = np.linspace(lowest, max(highest, lowest + 1e-9), count + 1)
+        return edges, Normalize(edges[0], edges[-1])
+    # One corner that explodes must not hide the minima, nor a loss of exactly zero.
+    highest = min(highest, 1e3 * max(x[x > 0].min(initial=1.0) for x in known))
+    lowest = max(lowest, 1e-6 * highest)
+    edges = np.geomspace(lowest, max(highest, 1.001 * lowest), count + 1)
+    return edges, LogNorm(edges[0], edges[-1])

@@ -742,8 +742,8 @@ MUTANTS = {
     ),
     "sharpness: filters along the first axis": Mutant(
         "sharpness/_landscape.py",
-        "axes = tuple(range(weights.ndim - 1))",
-        "axes = tuple(range(1, weights.ndim))",
+        "np.delete(range(weights.ndim), filter_axis)",
+        "np.delete(range(weights.ndim), 0)",
         first="directions",
     ),
     "recorder: steps counted by reports": Mutant(

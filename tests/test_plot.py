@@ -1,5 +1,6 @@
 """The pictures show what they are given, and say what is what."""
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -53,6 +54,9 @@ def test_a_spectrum_is_the_density_and_names_the_largest_eigenvalue():
     assert (ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == (
         *("log", "eigenvalue", "density"),
     )
+    assert plot.spectrum({"SAM": DENSITY, "SGD": other}).get_lines()[2].get_xdata()[
+        0
+    ] == pytest.approx(-4 * 0.024, rel=0.01)
     bottom, top = ax.get_ylim()
     assert 0 < bottom < top < 1000
     assert list(ax.get_lines()[3].get_xdata()) == pytest.approx([2.4, 2.4])
@@ -85,6 +89,21 @@ def test_surfaces_share_their_colours_and_say_which_is_which():
     assert axes[0].get_xlim() == (-1, 1)
     assert axes[0].get_ylim() == (-1, 0)
     assert len(axes[0].figure.axes) == 5  # four panels and the colour bar
+
+
+def test_one_surface_that_explodes_does_not_hide_the_others():
+    exploding = SURFACE._replace(losses=1e9 ** (1 + SURFACE.losses))
+    axes = plot.surfaces({"SAM": SURFACE, "SGD": exploding})
+    edges = axes[0].collections[0].levels
+    assert np.sum((edges > 0.01) & (edges < 2.01)) >= 4
+    axes[0].figure.canvas.draw()
+
+
+def test_negative_losses_have_even_levels():
+    axes = plot.surfaces(SURFACE._replace(losses=SURFACE.losses - 1))
+    np.testing.assert_allclose(
+        axes[0].collections[0].levels, np.linspace(-0.99, 1.01, 21)
+    )
 
 
 def test_losses_that_overflow_or_vanish_do_not_spoil_a_surface():
@@ -120,7 +139,7 @@ def test_training_shows_every_field_and_leaves_out_skipped_steps():
         ),
         (
             lambda: plot.surfaces(SURFACE._replace(losses=np.full((5, 9), np.nan))),
-            "No loss is finite",
+            "holds no finite loss",
         ),
     ],
 )
@@ -146,6 +165,16 @@ def test_a_recorder_joins_steps_and_stacks_of_steps():
     assert list(arrays["cosine"]) == [0, 1, 2, 0.5, 0.5]
     kept.add(jnp.float32(9), SCALAR)
     assert kept.arrays()["step"][-1] == 11
+
+
+def test_old_records_leave_the_device(monkeypatch):
+    monkeypatch.setattr("sam_optax._recorder._KEPT_ON_DEVICE", 2)
+    kept = sam_optax.Recorder()
+    for step in range(7):
+        kept.add(jnp.float32(step), SCALAR)
+    on_device = [isinstance(v["loss"], jax.Array) for v in kept._values]
+    assert on_device == [False] * 4 + [True] * 3
+    assert list(kept.arrays()["loss"]) == list(range(7))
 
 
 def test_a_recorder_without_steps_is_empty():
@@ -176,5 +205,9 @@ def test_a_recorder_hands_each_step_to_a_logger():
 def test_a_recorder_takes_reports_only(loss, report, message):
     with pytest.raises((TypeError, ValueError), match=message):
         sam_optax.Recorder().add(loss, report)
+    with pytest.raises(TypeError, match="step must be an integer"):
+        sam_optax.Recorder().add(1.0, SCALAR, step=1.5)
+    with pytest.raises(TypeError, match="keeps values, not tracers"):
+        jax.jit(lambda loss: sam_optax.Recorder().add(loss, SCALAR))(1.0)
     with pytest.raises(TypeError, match="log must be a function"):
         sam_optax.Recorder(log="tensorboard")

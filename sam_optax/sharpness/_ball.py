@@ -6,13 +6,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from sam_optax import _layout as layout
 from sam_optax import _tree
 from sam_optax._hyperparameters import check_number, check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data, mean_over_groups
+from sam_optax.sharpness._batches import check_data, finish, mean_over_groups
 from sam_optax.sharpness._checks import check_params
-from sam_optax.sharpness._loss import mean_loss, mean_loss_and_gradient
+from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
 
 Norm = Literal["l2", "linf"]
 
@@ -119,7 +121,8 @@ def surrogate_gap(
         group. An incomplete last batch counts by its examples.
 
     Returns:
-      A `Sharpness`. Not negative where ρ is small, but it can be where it is not.
+      A `Sharpness`. A large ρ can step over the hill: the gap is negative then. One of
+      a small ρ drowns in rounding: in float32, keep it well above 1e-7 of the loss.
 
     Raises:
       ValueError: if rho < 0, the data are empty or uneven, or params is not finite
@@ -143,8 +146,8 @@ def surrogate_gap(
     Cost: one gradient and a forward pass over the data.
     """
     params, data = _check(params, data, rho, norm, m, batch_size)
-    return _surrogate_gap(
-        loss_fn,
+    gap = _surrogate_gap(
+        Function(loss_fn),
         params,
         data,
         rho,
@@ -153,6 +156,7 @@ def surrogate_gap(
         m=m,
         batch_size=batch_size,
     )
+    return finish(data, gap)
 
 
 def worst_case(
@@ -235,8 +239,8 @@ def worst_case(
     check_positive_integer("restarts", restarts)
     check_number("step_size", step_size, at_least=0)
     params, data = _check(params, data, rho, norm, m, batch_size)
-    return _worst_case(
-        loss_fn,
+    worst = _worst_case(
+        Function(loss_fn),
         params,
         data,
         rho,
@@ -249,6 +253,7 @@ def worst_case(
         m=m,
         batch_size=batch_size,
     )
+    return finish(data, worst)
 
 
 def average_case(
@@ -306,8 +311,8 @@ def average_case(
     """
     check_at_least_two("samples", samples)
     params, data = _check(params, data, rho, "l2", None, batch_size)
-    return _average_case(
-        loss_fn,
+    rise = _average_case(
+        Function(loss_fn),
         params,
         data,
         rho,
@@ -316,6 +321,7 @@ def average_case(
         adaptive=adaptive,
         batch_size=batch_size,
     )
+    return finish(data, rise)
 
 
 def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
@@ -350,8 +356,8 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
 
     Cost: none.
     """
-    check_number("rho", rho, at_least=0)
-    if isinstance(rho, (int, float)) and rho == 0:
+    _check_radius(rho)
+    if not isinstance(rho, Tracer) and rho == 0:
         raise ValueError("rho must be > 0, got 0.")
     return 2 * gap / rho**2
 
@@ -362,10 +368,15 @@ def check_at_least_two(name: str, count: Any) -> None:
         raise ValueError(f"{name} must be at least 2, for a standard error; got 1.")
 
 
-def _check(params, data, rho, norm, m, batch_size):
-    check_number("rho", rho, at_least=0)
+def _check_radius(rho: Any) -> None:
     if callable(rho):
         raise TypeError("rho must be a number: a measure has no step for a schedule.")
+    is_known = hasattr(rho, "dtype") and not isinstance(rho, Tracer)
+    check_number("rho", float(rho) if is_known else rho, at_least=0)
+
+
+def _check(params, data, rho, norm, m, batch_size):
+    _check_radius(rho)
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}.')
     return check_params(params), check_data(data, batch_size, m)
@@ -379,7 +390,7 @@ def _stretch_by(params: Any, adaptive: bool) -> Callable[[Any], Any]:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("loss_fn", "norm", "adaptive", "m", "batch_size"),
+    static_argnames=("norm", "adaptive", "m", "batch_size"),
 )
 def _surrogate_gap(loss_fn, params, data, rho, *, norm, adaptive, m, batch_size):
     ball = _Ball(norm, _stretch_by(params, adaptive), rho)
@@ -397,9 +408,7 @@ def _surrogate_gap(loss_fn, params, data, rho, *, norm, adaptive, m, batch_size)
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        *("loss_fn", "steps", "restarts", "norm", "adaptive", "m", "batch_size"),
-    ),
+    static_argnames=(*("steps", "restarts", "norm", "adaptive", "m", "batch_size"),),
 )
 def _worst_case(
     loss_fn,
@@ -439,11 +448,12 @@ def _worst_case(
 
         def restart(index, best):
             drawn = ball.draw(jax.random.fold_in(key, index), params)
+            drawn = layout.like(drawn, params)
             start = _tree.scale(jnp.where(index == 0, 0, 1), drawn)
             delta, best = jax.lax.fori_loop(0, steps, climb, (start, best))
             return keep_higher(best, at(delta, mean_loss), delta)
 
-        start = _tree.zeros_like(params)
+        start = layout.like(_tree.zeros_like(params), params)
         loss = at(start, mean_loss)
         best = jax.lax.fori_loop(0, restarts, restart, (loss, start))
         return Sharpness(loss, best[0], best[0] - loss, ball.stretch(best[1]))
@@ -464,16 +474,14 @@ def _over_groups(measure, data, batch_size, m, key) -> Sharpness:
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss_fn", "samples", "adaptive", "batch_size")
-)
+@functools.partial(jax.jit, static_argnames=("samples", "adaptive", "batch_size"))
 def _average_case(loss_fn, params, data, rho, key, *, samples, adaptive, batch_size):
     stretch = _stretch_by(params, adaptive)
 
     loss = mean_loss(loss_fn, params, data, batch_size)
 
     def rise(key):
-        noise = stretch(_tree.normal_like(key, params))
+        noise = stretch(layout.like(_tree.normal_like(key, params), params))
         point = _tree.add_scaled(params, rho, noise)
         return mean_loss(loss_fn, point, data, batch_size) - loss
 

@@ -1,6 +1,9 @@
 """Means over a data set, visited a batch at a time inside one compiled program."""
 
+import functools
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,20 +16,37 @@ from sam_optax import _tree
 from sam_optax._hyperparameters import check_positive_integer
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_pytree_node_class
 class Stream:
     """Batches that stay where they are until a measure needs them; see `stream`."""
 
     def __init__(self, batches: Sequence[Any]):
-        self._batches = batches
-        self.first = _outline(self._read(0))
-        self.last = _outline(self._read(len(batches) - 1))
+        self._source = _Source(batches)
+        self._number = np.int32(next(_numbers))  # what a compiled program knows it by
+        _sources[int(self._number)] = self._source
+        self.count = len(batches)
+        self.first = _outline(self._source.read(0))
         # The last one may be shorter; which of the others differs shows when fetched.
-        self.size = example_count(self.first) * (len(batches) - 1)
-        self.size += example_count(self.last)
+        self.last = _outline(self._source.read(self.count - 1))
+        for outline in (self.first, self.last):
+            example_count(outline)  # raises if there are none
 
-    def __len__(self) -> int:
-        return len(self._batches)
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return example_count(self.first) * (self.count - 1) + example_count(self.last)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self._number,), (self.count, _static(self.first), _static(self.last))
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "Stream":
+        stream = object.__new__(cls)
+        (stream._number,) = children
+        stream.count = static[0]
+        stream.first, stream.last = (s.unflatten(leaves) for leaves, s in static[1:])
+        stream._source = None
+        return stream
 
     def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
         """One batch, inside a compiled program, in the dtypes that JAX computes in."""
@@ -34,22 +54,78 @@ class Stream:
         outline = jax.tree.map(
             lambda s: s.update(dtype=jax.dtypes.canonicalize_dtype(s.dtype)), expected
         )
-
-        def read(index):
-            batch = self._read(index)
-            if _outline(batch) != expected:
-                raise ValueError(
-                    "All streamed batches but the last must have the same structure, "
-                    f"shapes and dtypes; batch {int(index)} has {_outline(batch)}, "
-                    f"expected {expected}."
-                )
-            return jax.tree.map(lambda x, s: x.astype(s.dtype), batch, outline)
-
         # Reads by index, so that JAX is free to call it in any order, and again.
-        return jax.pure_callback(read, outline, index, vmap_method="sequential")
+        return jax.pure_callback(
+            functools.partial(_read, expected, outline),
+            outline,
+            self._number,
+            index,
+            vmap_method="sequential",
+        )
 
-    def _read(self, index: Any) -> tuple[Any, ...]:
-        return jax.tree.map(np.asarray, as_arguments(self._batches[int(index)]))
+    def raise_error(self) -> None:
+        """Raises what went wrong while batches were read."""
+        if self._source is not None and self._source.error is not None:
+            error, self._source.error = self._source.error, None
+            raise error
+
+
+class _Source:
+    """A user's batches, and the first error of reading them."""
+
+    def __init__(self, batches: Sequence[Any]):
+        self.batches = batches
+        self.error: Exception | None = None
+
+    def read(self, index: int) -> tuple[Any, ...]:
+        return jax.tree.map(np.asarray, as_arguments(self.batches[index]))
+
+
+# Programs hold numbers, not data: they are shared by streams, and keep none alive.
+_sources: weakref.WeakValueDictionary[int, _Source] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
+    """A batch on the host. An error waits in the source, and the batch is all NaN.
+
+    Raised in a callback, it would leave the other devices waiting for this one.
+    """
+    source = _sources.get(int(number))
+    try:
+        if source is None:
+            raise RuntimeError("The stream was dropped while a program still reads it.")
+        batch = source.read(int(index))
+        if _outline(batch) != expected:
+            raise ValueError(
+                "All streamed batches but the last must have the same structure, "
+                f"shapes and dtypes; batch {int(index)} has {_outline(batch)}, "
+                f"expected {expected}."
+            )
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), batch, outline)
+    except Exception as error:
+        if source is None:
+            raise
+        source.error = source.error or error
+        return jax.tree.map(
+            lambda s: np.full(
+                s.shape, np.nan if np.issubdtype(s.dtype, np.inexact) else 0, s.dtype
+            ),
+            outline,
+        )
+
+
+def finish(data: Any, result: Any) -> Any:
+    """The result of a measure, once it is known that its data could be read."""
+    if isinstance(data, Stream):
+        result = jax.block_until_ready(result)
+        data.raise_error()
+    return result
+
+
+def _static(outline: Any) -> Any:
+    leaves, structure = jax.tree.flatten(outline)
+    return tuple(leaves), structure
 
 
 def _outline(batch: Any) -> Any:
@@ -105,7 +181,8 @@ def stream(batches: Sequence[Any]) -> Stream:
 
 def as_arguments(data: Any) -> tuple[Any, ...]:
     """The arguments of the loss after the parameters; one of them needs no tuple."""
-    return tuple(data) if isinstance(data, (tuple, list)) else (data,)
+    is_several = isinstance(data, (tuple, list)) and not hasattr(data, "_fields")
+    return tuple(data) if is_several else (data,)
 
 
 def check_data(data: Any, batch_size: int | None, m: int | None = None) -> Any:
@@ -148,7 +225,7 @@ def _check_groups(m: int | None, batches: Sequence[Any]) -> None:
         if m is not None and example_count(batch) % m:
             raise ValueError(
                 f"{example_count(batch)} examples are no whole number of groups of "
-                f"m = {m}."
+                f"m = {m}. Leave some out: x[: len(x) // {m} * {m}]."
             )
 
 
@@ -161,7 +238,7 @@ def mean_over_batches(
     batch is chosen such that examples spread over devices stay where they are.
     """
     if isinstance(data, Stream):
-        count, size = len(data), data.size
+        count, size = data.count, data.size
         batch = example_count(data.first)
         even = size == count * batch
         whole = count if even else count - 1
@@ -216,6 +293,7 @@ def mean_over_groups(
 
     def visit(index, *groups):
         keys = jax.random.split(jax.random.fold_in(key, index), example_count(groups))
+        keys = layout.like_first_axis(keys, groups)
         return _tree.mean_of_groups(
             _tree.at_least_float32(jax.vmap(function)(keys, *groups))
         )

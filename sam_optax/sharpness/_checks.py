@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from sam_optax import _tree
@@ -12,17 +13,20 @@ from sam_optax import _tree
 def check_params(params: Any, name: str = "params") -> Any:
     """The parameters, in at least float32: a small ε would round away in less."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        kind = type(leaf).__name__
+        if isinstance(leaf, (int, float, np.generic)) or hasattr(leaf, "dtype"):
+            kind = jnp.result_type(leaf)
+        if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {kind}: only real "
+                "floating-point parameters can be measured. Bind others to the loss "
+                "beforehand, as eqx.partition and nnx.split take them apart."
+            )
     if not _tree.size(params):
         raise ValueError(f"{name} holds no numbers.")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: only "
-                "real floating-point parameters can be measured. Bind others to the "
-                "loss beforehand."
-            )
-    traced = any(isinstance(leaf, Tracer) for _, leaf in leaves)
-    if not traced and not _is_finite(params):
+    finite = _is_finite(params)
+    if not isinstance(finite, Tracer) and not finite:
         bad = [jax.tree_util.keystr(p) for p, x in leaves if not jnp.isfinite(x).all()]
         raise ValueError(
             f"{name} is not finite at {', '.join(path or 'its root' for path in bad)}."

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam_optax import _tree
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data
+from sam_optax.sharpness._batches import check_data, finish
 from sam_optax.sharpness._checks import check_params, check_same_outline
-from sam_optax.sharpness._loss import mean_loss, mean_loss_and_gradient
+from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
 
 
 class Line(NamedTuple):
@@ -85,11 +86,11 @@ def along_line(
     """
     distances = _distances("distances", distances)
     params, data = check_params(params), check_data(data, batch_size)
-    check_same_outline("direction", direction, params)
+    direction = _check_direction("direction", direction, params)
     losses = _losses(
-        loss_fn, params, data, (direction,), distances[:, None], batch_size
+        Function(loss_fn), params, data, (direction,), distances[:, None], batch_size
     )
-    return Line(distances, losses)
+    return Line(distances, finish(data, losses))
 
 
 def over_plane(
@@ -143,11 +144,13 @@ def over_plane(
     directions = tuple(directions)
     if len(directions) != 2:
         raise ValueError(f"A plane has two directions, got {len(directions)}.")
-    for direction in directions:
-        check_same_outline("Each direction", direction, params)
+    directions = tuple(
+        _check_direction("Each direction", direction, params)
+        for direction in directions
+    )
     points = jnp.stack(jnp.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
-    losses = _losses(loss_fn, params, data, directions, points, batch_size)
-    return Surface(xs, ys, losses.reshape(len(ys), len(xs)))
+    losses = _losses(Function(loss_fn), params, data, directions, points, batch_size)
+    return Surface(xs, ys, finish(data, losses).reshape(len(ys), len(xs)))
 
 
 def interpolate(
@@ -227,24 +230,30 @@ def random_direction(params: Any, *, key: Key = 0) -> Any:
     return _random_direction(check_params(params), typed_key(key))
 
 
-def filter_normalized_direction(params: Any, *, key: Key = 0) -> Any:
+def filter_normalized_direction(
+    params: Any, *, filter_axis: int = -1, key: Key = 0
+) -> Any:
     r"""A random direction in units of the filters' norms, to compare networks by.
 
     .. math::
       v_i = \frac{\|w_i\|}{\|z_i\|} \, z_i, \qquad z \sim N(0, 1)
 
     for every filter i: all that leads to one output channel, that is one index of the
-    last axis, where Flax and Equinox-style kernels with outputs last have it. Vectors
-    and scalars (biases, scales and shifts of normalisations) are not moved, as in the
-    authors' code.
+    axis of outputs. Vectors and scalars (biases, scales and shifts of normalisations)
+    are not moved, as in the authors' code.
 
     Args:
       params: w, a tree of real arrays.
+      filter_axis: where the outputs are. Default -1, as in kernels of Flax; 0 for those
+        of Equinox.
       key: of the direction. Default 0.
 
     Returns:
       A tree like the parameters, in at least float32. A distance of 1 along it moves
       every filter by its own norm.
+
+    Raises:
+      ValueError: if filter_axis is neither 0 nor -1, or params is not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -259,12 +268,16 @@ def filter_normalized_direction(params: Any, *, key: Key = 0) -> Any:
       Li et al., `Visualizing the Loss Landscape of Neural Nets
       <https://arxiv.org/abs/1712.09913>`_, NeurIPS 2018.
 
-    Differences from the authors' code: there a filter is an index of the first axis,
-      where PyTorch has the outputs.
+    Differences from the authors' code: filter_axis; theirs is 0, where PyTorch has the
+      outputs.
 
     Cost: none.
     """
-    return _filter_normalized_direction(check_params(params), typed_key(key))
+    if filter_axis not in (0, -1):
+        raise ValueError(f"filter_axis must be 0 or -1, got {filter_axis!r}.")
+    return _filter_normalized_direction(
+        check_params(params), typed_key(key), filter_axis
+    )
 
 
 def gradient_direction(
@@ -305,12 +318,21 @@ def gradient_direction(
     Cost: one gradient over the data.
     """
     params, data = check_params(params), check_data(data, batch_size)
-    return _gradient_direction(loss_fn, params, data, batch_size)
+    direction = _gradient_direction(Function(loss_fn), params, data, batch_size)
+    return finish(data, direction)
+
+
+def _check_direction(name: str, direction: Any, params: Any) -> Any:
+    check_same_outline(name, direction, params)
+    return check_params(direction, name)
 
 
 def _distances(name: str, values: Any) -> jax.Array:
     values = jnp.asarray(values)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if jnp.iscomplexobj(values):
+        raise TypeError(f"{name} must be real, got {values.dtype}.")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.float32)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(
             f"{name} must hold at least one number, along one axis; got shape "
@@ -324,26 +346,27 @@ def _random_direction(params, key):
     return _tree.unit(_tree.normal_like(key, params))
 
 
-@jax.jit
-def _filter_normalized_direction(params, key):
+@functools.partial(jax.jit, static_argnames="filter_axis")
+def _filter_normalized_direction(params, key, filter_axis):
     def normalize(weights, noise):
         if weights.ndim < 2:
             return jnp.zeros_like(noise)
-        axes = tuple(range(weights.ndim - 1))
-        wanted, size = (
-            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (weights, noise)
-        )
-        return noise * (wanted / size)
+        inside = tuple(np.delete(range(weights.ndim), filter_axis))
+
+        def norms(x):
+            return jnp.sqrt(jnp.sum(x**2, axis=inside, keepdims=True))
+
+        return noise * (norms(weights) / norms(noise))
 
     return jax.tree.map(normalize, params, _tree.normal_like(key, params))
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames="batch_size")
 def _gradient_direction(loss_fn, params, data, batch_size):
     return _tree.unit(mean_loss_and_gradient(loss_fn, params, data, batch_size)[1])
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames="batch_size")
 def _losses(loss_fn, params, data, directions, points, batch_size):
     """The loss at w + Σ points[:, i] · directions[i], one point after another."""
 

@@ -5,10 +5,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam_optax.sharpness._batches import mean_over_batches
 
 LossFn = Callable[..., Any]
+
+
+@jax.tree_util.register_pytree_node_class
+class Function:
+    """A function as a pytree: the arrays it holds are traced, the rest is static.
+
+    A plain function holds none. `jax.tree_util.Partial` and the modules of Equinox do,
+    and a program compiled for one of them serves all with arrays of the same shapes.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        if not callable(function):
+            raise TypeError(f"A loss must be a function, got {function!r}.")
+        leaves, self._structure = jax.tree.flatten(function)
+        self._arrays = [x if hasattr(x, "dtype") else None for x in leaves]
+        self._others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves = [
+            other if array is None else array
+            for array, other in zip(self._arrays, self._others, strict=True)
+        ]
+        return self._structure.unflatten(leaves)(*arguments)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self._arrays,), (self._others, self._structure)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Any) -> "Function":
+        function = object.__new__(cls)
+        (function._arrays,) = arrays
+        function._others, function._structure = static
+        return function
 
 
 def scalar(loss_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
@@ -22,7 +56,8 @@ def scalar(loss_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
                 f"{len(loss)} values. Without its auxiliary output: "
                 "lambda *arguments: loss_fn(*arguments)[0]."
             )
-        if not isinstance(loss, (jax.Array, float)) or jnp.shape(loss) != ():
+        is_number = isinstance(loss, (jax.Array, np.ndarray, np.generic, float))
+        if not is_number or jnp.shape(loss) != ():
             returned = f"shape {jnp.shape(loss)}" if hasattr(loss, "shape") else loss
             raise TypeError(
                 "loss_fn must return a scalar, the mean over the examples it is given; "

@@ -8,10 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sam_optax import _layout as layout
 from sam_optax import _tree
-from sam_optax.sharpness._batches import check_data, mean_over_batches
+from sam_optax.sharpness._batches import check_data, finish, mean_over_batches
 from sam_optax.sharpness._checks import check_params, check_same_outline
-from sam_optax.sharpness._loss import mean_loss_and_gradient, one_loss, scalar
+from sam_optax.sharpness._loss import (
+    Function,
+    mean_loss_and_gradient,
+    one_loss,
+    scalar,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +33,14 @@ class Matrix:
     Attributes:
       params: where the curvature is taken, in at least float32.
       data: what it is the mean over.
-      product: (params, v, *batch) -> the product with v for one batch.
+      product: (params, v, *batch) -> the product with v for one batch; a pytree, such
+        as a `jax.tree_util.Partial`.
       batch_size: how many examples are evaluated at once, or None for all.
     """
 
     params: Any
     data: Any
-    product: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    product: Callable[..., Any]
     batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -43,7 +50,8 @@ class Matrix:
 
     def __call__(self, vector: Any) -> Any:
         check_same_outline("The vector", vector, self.params)
-        return _multiply(self, _tree.cast_like(vector, self.params))
+        vector = layout.like(_tree.cast_like(vector, self.params), self.params)
+        return finish(self.data, _multiply(self, vector))
 
 
 @jax.jit
@@ -55,7 +63,7 @@ def _multiply(matrix: Matrix, vector: Any) -> Any:
     )
 
 
-# Compared by the functions they hold, so that equal matrices share compiled programs.
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _HessianProduct:
     loss_fn: Callable[..., Any]
@@ -65,6 +73,7 @@ class _HessianProduct:
         return jax.jvp(gradient, (params,), (vector,))[1]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _GaussNewtonProduct:
     model_fn: Callable[..., Any]
@@ -80,6 +89,7 @@ class _GaussNewtonProduct:
         return jax.linear_transpose(forwards, vector)(curved)[0]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _FisherProduct:
     loss_fn: Callable[..., Any]
@@ -107,8 +117,7 @@ def hessian(
       H v = \nabla^2 L(w) \, v
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
-        must have forward derivatives, so no `jax.custom_vjp`.
+      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
       params: w, a tree of real arrays. Half-precision leaves are measured in float32.
       data: the arguments of the loss after the parameters, as a tuple of trees of
         arrays with the examples along their first axis, or a `stream`.
@@ -140,7 +149,7 @@ def hessian(
     return Matrix(
         check_params(params),
         check_data(data, batch_size),
-        _HessianProduct(loss_fn),
+        _HessianProduct(Function(loss_fn)),
         batch_size,
     )
 
@@ -159,12 +168,13 @@ def gauss_newton(
       G = J^\top \, \nabla_z^2 \ell(z) \, J, \qquad
       z = f(w), \quad J = \frac{\partial f}{\partial w}
 
-    For cross-entropy of logits, and for squared errors, it is the Fisher matrix with
-    labels drawn from the model. It has no negative eigenvalues where the loss is convex
-    in the outputs.
+    For cross-entropy of logits, and for half the squared error, it is the Fisher matrix
+    with labels drawn from the model. It has no negative eigenvalues where the loss is
+    convex in the outputs.
 
     Args:
-      model_fn: f, (params, *data) -> outputs, a tree of arrays.
+      model_fn: f, (params, *data) -> outputs, a tree of arrays. It needs a forward
+        derivative, which a `jax.custom_vjp` inside of it does not have.
       loss_fn: ℓ, (outputs, *data) -> a scalar, the mean over the examples.
       params: w, a tree of real arrays. Half-precision leaves are measured in float32.
       data: the arguments after the parameters, as a tuple of trees of arrays with the
@@ -199,7 +209,7 @@ def gauss_newton(
     return Matrix(
         check_params(params),
         check_data(data, batch_size),
-        _GaussNewtonProduct(model_fn, loss_fn),
+        _GaussNewtonProduct(Function(model_fn), Function(loss_fn)),
         batch_size,
     )
 
@@ -252,7 +262,7 @@ def empirical_fisher(
     return Matrix(
         check_params(params),
         check_data(data, batch_size),
-        _FisherProduct(loss_fn),
+        _FisherProduct(Function(loss_fn)),
         batch_size,
     )
 
@@ -294,10 +304,11 @@ def gradient_norm(
     Cost: one gradient over the data.
     """
     data = check_data(data, batch_size)
-    return _gradient_norm(loss_fn, check_params(params), data, batch_size)
+    params = check_params(params)
+    return finish(data, _gradient_norm(Function(loss_fn), params, data, batch_size))
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames="batch_size")
 def _gradient_norm(loss_fn, params, data, batch_size):
     return _tree.norm(mean_loss_and_gradient(loss_fn, params, data, batch_size)[1])
 
@@ -341,10 +352,11 @@ def fisher_trace(
     Cost: one gradient over the data, taken example by example.
     """
     data = check_data(data, batch_size)
-    return _fisher_trace(loss_fn, check_params(params), data, batch_size)
+    params = check_params(params)
+    return finish(data, _fisher_trace(Function(loss_fn), params, data, batch_size))
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames="batch_size")
 def _fisher_trace(loss_fn, params, data, batch_size):
     def squared_norms(index, *batch):
         del index

@@ -6,12 +6,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
+from jax.core import Tracer
 
+from sam_optax import _layout as layout
 from sam_optax import _tree
 from sam_optax._hyperparameters import check_positive_integer
 from sam_optax._random import Key, typed_key
 from sam_optax.sharpness._ball import Estimate, check_at_least_two, estimate_over_keys
+from sam_optax.sharpness._batches import finish
 from sam_optax.sharpness._matrices import Matrix
 
 Which = Literal["largest", "smallest"]
@@ -24,7 +27,9 @@ class Eigenpairs(NamedTuple):
       values: the eigenvalues.
       vectors: a tree like the parameters whose leaves hold one vector after another
         along a new first axis; each has norm 1, and its sign is arbitrary.
-      residuals: ‖Av − λv‖. There is an eigenvalue within that distance of λ.
+      residuals: ‖Av − λv‖, and the rounding that a number of the size of the largest
+        has. There is an eigenvalue within that distance of λ; whether one was missed,
+        they cannot tell.
     """
 
     values: jax.Array  # shape=(k,), at least float32
@@ -63,8 +68,14 @@ class SpectralDensity(NamedTuple):
 
         Returns:
           Shape (points,); its integral over the real line is 1.
+
+        Raises:
+          ValueError: if the width is no positive number.
         """
-        distance = (jnp.asarray(grid)[:, None, None] - self.nodes) / width
+        if not isinstance(width, Tracer) and not width > 0:
+            raise ValueError(f"width must be > 0, got {width}.")
+        grid = jnp.asarray(grid, self.nodes.dtype)
+        distance = (grid[:, None, None] - self.nodes) / width
         peak = self.weights / (width * jnp.sqrt(2 * jnp.pi))
         return jnp.mean(jnp.sum(peak * jnp.exp(-(distance**2) / 2), axis=2), axis=1)
 
@@ -83,7 +94,8 @@ def eigenpairs(
       A v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
 
     Lanczos with full reorthogonalisation, so that no eigenvalue appears twice that is
-    not there twice.
+    not there twice. One that is there several times, as in regressions with several
+    outputs, can be found fewer times.
 
     Args:
       matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
@@ -91,8 +103,8 @@ def eigenpairs(
       which: "largest" or "smallest", as real numbers: the smallest of a Hessian are the
         most negative. Default "largest".
       num_matvecs: how many products to spend, at least k. Default 4k + 20, or the
-        dimension where that is less; then the result is exact. See `residuals` for
-        whether it was enough.
+        dimension where that is less; then the result is exact up to rounding. See
+        `residuals` for whether it was enough.
       key: of the start vector. Default 0.
 
     Returns:
@@ -117,7 +129,8 @@ def eigenpairs(
       Optimization via Hessian Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_,
       ICML 2019.
 
-    Cost: num_matvecs + 1 products with the matrix, and num_matvecs vectors in memory.
+    Cost: num_matvecs + 1 products with the matrix, and twice as many vectors in
+      memory.
     """
     _matfree()
     check_positive_integer("k", k)
@@ -130,7 +143,8 @@ def eigenpairs(
     _check_matvecs(count, size)
     if count < k:
         raise ValueError(f"num_matvecs must be at least k = {k}, got {count}.")
-    return _eigenpairs(matrix, typed_key(key), k=k, which=which, num_matvecs=count)
+    pairs = _eigenpairs(matrix, typed_key(key), k=k, which=which, num_matvecs=count)
+    return finish(matrix.data, pairs)
 
 
 def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
@@ -170,7 +184,8 @@ def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
     """
     _matfree()
     check_at_least_two("num_samples", num_samples)
-    return _trace(matrix, typed_key(key), num_samples=num_samples)
+    estimate = _trace(matrix, typed_key(key), num_samples=num_samples)
+    return finish(matrix.data, estimate)
 
 
 def spectral_density(
@@ -218,7 +233,7 @@ def spectral_density(
       Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The
       decomposition is that of `matfree <https://github.com/pnkraemer/matfree>`_.
 
-    Cost: num_samples · (num_matvecs + 1) products with the matrix, and num_matvecs
+    Cost: num_samples · (num_matvecs + 1) products with the matrix, and 2 num_matvecs
       vectors in memory.
     """
     _matfree()
@@ -226,9 +241,10 @@ def spectral_density(
     count = min(size, 50) if num_matvecs is None else num_matvecs
     _check_matvecs(count, size)
     check_positive_integer("num_samples", num_samples)
-    return _spectral_density(
+    density = _spectral_density(
         matrix, typed_key(key), num_matvecs=count, num_samples=num_samples
     )
+    return finish(matrix.data, density)
 
 
 def _matfree() -> Any:
@@ -252,10 +268,35 @@ def _check_matvecs(count: Any, size: int) -> None:
         )
 
 
-def _flat(matrix: Matrix) -> tuple[Callable[[Any], Any], jax.Array, Callable]:
-    """(product of flat vectors, such a vector, flat -> tree)."""
-    like, unravel = ravel_pytree(_tree.zeros_like(matrix.params))
-    return lambda v: ravel_pytree(matrix(unravel(v)))[0], like, unravel
+class _Flat(NamedTuple):
+    """A matrix on flat vectors, in the widest dtype of its leaves."""
+
+    multiply: Callable[[jax.Array], jax.Array]
+    like: jax.Array  # shape=(dimension,)
+    unravel: Callable[[jax.Array], Any]  # a vector -> a tree like the parameters
+
+
+def _flat(matrix: Matrix) -> _Flat:
+    leaves, structure = jax.tree.flatten(matrix.params)
+    dtype = _tree.widest(*[leaf.dtype for leaf in leaves])
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def ravel(tree):
+        parts = [
+            layout.replicate_all(x).ravel().astype(dtype) for x in jax.tree.leaves(tree)
+        ]
+        return jnp.concatenate(parts)
+
+    def unravel(vector):
+        parts = jnp.split(vector, ends)
+        shaped = [x.reshape(w.shape) for x, w in zip(parts, leaves, strict=True)]
+        return structure.unflatten(shaped)
+
+    return _Flat(
+        lambda v: ravel(matrix(unravel(v))),
+        jnp.zeros(matrix.dimension, dtype),
+        unravel,
+    )
 
 
 class _Tridiagonal(NamedTuple):
@@ -293,11 +334,12 @@ def _eigenpairs(matrix, key, *, k, which, num_matvecs):
     _, like, unravel = _flat(matrix)
     start = jax.random.normal(key, like.shape, like.dtype)
     scale, small, basis, residual = _tridiagonalise(matrix, start, num_matvecs)
-    values, coefficients = jnp.linalg.eigh(small)  # ascending
+    small_values, coefficients = jnp.linalg.eigh(small)  # ascending
     chosen = slice(None, k) if which == "smallest" else slice(None, -k - 1, -1)
-    values, coefficients = values[chosen], coefficients[:, chosen]
+    values, coefficients = small_values[chosen], coefficients[:, chosen]
     vectors = jax.vmap(unravel)(coefficients.T @ basis)
-    residuals = residual * jnp.abs(coefficients[-1])
+    rounding = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(small_values))
+    residuals = residual * jnp.abs(coefficients[-1]) + rounding
     return Eigenpairs(scale * values, vectors, scale * residuals)
 
 
