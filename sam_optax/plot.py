@@ -152,7 +152,7 @@ def surfaces(
     contours = None
     for (name, surface), ax in zip(named.items(), axes, strict=True):
         xs, ys = np.asarray(surface.xs), np.asarray(surface.ys)
-        # Logarithms have no zero; what lies below the edges has the first colour anyway.
+        # Logarithms have no zero. What is below the edges has the first colour anyway.
         heights = np.ma.masked_invalid(np.maximum(surface.losses, edges[0]))
         contours = ax.contourf(xs, ys, heights, levels=edges, norm=norm, extend="both")
         ax.contour(xs, ys, heights, levels=edges[::3], colors="black", linewidths=0.4)
