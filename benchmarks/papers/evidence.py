@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -183,7 +185,15 @@ def write(
     }
     text = json.dumps(report, indent=1) + "\n"
     (args.output / f"{name}.json").write_text(text, encoding="utf-8")
-    figure.savefig(args.output / f"{name}.png", dpi=100)
+    save_figure(figure, args.output / f"{name}.png")
+
+
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
+    """As a PNG with a palette, which takes a third of the bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def plain(value: Any) -> Any:

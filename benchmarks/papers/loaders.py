@@ -280,7 +280,7 @@ def _read_jpegs(path):
 
 
 def _decode(jpeg):
-    from PIL import Image  # comes with Matplotlib; no other format needs it
+    from PIL import Image  # comes with Matplotlib, which loading alone does not need
 
     return np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))
 
