@@ -161,18 +161,22 @@ def compare_pairs(first: Sequence[float], second: Sequence[float]) -> Pairs:
     return Pairs(float(differences.mean()), half_width, int((differences > 0).sum()), n)
 
 
-# --- What is written ------------------------------------------------------------------
+# --- From the options to what is written ----------------------------------------------
 
 
-def write(
+def carry_out(
     name: str,
     args: argparse.Namespace,
-    runs: list[dict[str, Any]],
-    figure: Figure,
-    seconds: float,
-    **more: Any,
-) -> None:
-    """Writes every run and how it was made to a JSON, and the figure beside it."""
+    run_all: Callable[[argparse.Namespace, Console], list[dict[str, Any]]],
+    print_results: Callable[[list[dict[str, Any]], argparse.Namespace, Console], None],
+    make_figure: Callable[[list[dict[str, Any]], argparse.Namespace], Figure],
+) -> int:
+    """Makes the runs, prints their tables, and writes a JSON and a figure of `name`."""
+    console = Console()
+    start = time.perf_counter()
+    runs = run_all(args, console)
+    seconds = time.perf_counter() - start
+    print_results(runs, args, console)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": {key: plain(value) for key, value in vars(args).items()},
@@ -180,12 +184,13 @@ def write(
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": jax.devices()[0].device_kind,
         "seconds": seconds,
-        **more,
         "runs": runs,
     }
     text = json.dumps(report, indent=1) + "\n"
     (args.output / f"{name}.json").write_text(text, encoding="utf-8")
-    save_figure(figure, args.output / f"{name}.png")
+    save_figure(make_figure(runs, args), args.output / f"{name}.png")
+    console.print(f"{seconds:.0f} s; {name}.json and {name}.png are in {args.output}")
+    return 0
 
 
 def save_figure(figure: Figure, path: pathlib.Path) -> None:

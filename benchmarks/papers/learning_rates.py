@@ -14,7 +14,6 @@ the way to one or in orbit around it, are counted beside.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +24,7 @@ import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from evidence import Parser, make_table, progress, write
+from evidence import Parser, carry_out, make_table, progress
 from training import PLAIN, make_step
 
 NAME = "learning_rates"
@@ -92,7 +91,7 @@ def by_label(runs: list[dict]) -> dict[str, list[dict]]:
     return curves
 
 
-def print_results(runs: list[dict], console: Console) -> None:
+def print_results(runs: list[dict], args, console: Console) -> None:
     curves = by_label(runs)
     rates = [run["learning_rate"] for run in next(iter(curves.values()))]
     shown = sorted({int(np.argmin(np.abs(np.subtract(rates, r)))) for r in SHOWN})
@@ -140,14 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.count("starts", 10000, "random starts, the same for all")
     parser.count("steps", 1000, "steps of each run")
     args = parser.parse(argv)
-    console = Console()
-    start = time.perf_counter()
-    runs = run_all(args, console)
-    print_results(runs, console)
-    seconds = time.perf_counter() - start
-    write(NAME, args, runs, make_figure(runs, args), seconds)
-    console.print(f"{seconds:.0f} s; {NAME}.json and {NAME}.png are in {args.output}")
-    return 0
+    return carry_out(NAME, args, run_all, print_results, make_figure)
 
 
 if __name__ == "__main__":

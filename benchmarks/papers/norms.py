@@ -11,7 +11,6 @@ batches of 128, momentum 0.9, weight decay 5e-4, learning rate 0.1 with a cosine
 """
 
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +19,7 @@ import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from evidence import Parser, describe, make_table, progress, write
+from evidence import Parser, carry_out, describe, make_table, progress
 from loaders import load_digits, split
 from training import MLP, make_trainer
 
@@ -88,7 +87,7 @@ def stage(run: dict, key: str, part: tuple[float, float]) -> float:
     return float(np.mean(run[key][start:end]))
 
 
-def print_results(runs: list[dict], console: Console) -> None:
+def print_results(runs: list[dict], args, console: Console) -> None:
     table = make_table("rho", "", *STAGES)
     for rho in RHOS:
         for key, title in TITLES.items():
@@ -102,7 +101,7 @@ def print_results(runs: list[dict], console: Console) -> None:
     console.print(table)
 
 
-def make_figure(runs: list[dict]) -> Figure:
+def make_figure(runs: list[dict], args) -> Figure:
     figure = Figure((8, 3.2), layout="constrained")
     shown = list(TITLES)[:2]  # the third is 100 % almost everywhere
     for axes, key in zip(figure.subplots(1, 2), shown, strict=True):
@@ -128,14 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.count("seeds", 5, "trainings with each radius")
     parser.count("epochs", 200, "passes over the training images")
     args = parser.parse(argv)
-    console = Console()
-    start = time.perf_counter()
-    runs = run_all(args, console)
-    print_results(runs, console)
-    seconds = time.perf_counter() - start
-    write(NAME, args, runs, make_figure(runs), seconds)
-    console.print(f"{seconds:.0f} s; {NAME}.json and {NAME}.png are in {args.output}")
-    return 0
+    return carry_out(NAME, args, run_all, print_results, make_figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ are scikit-learn's digits, with 1,000 for training; with --data, MNIST's test se
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
@@ -29,7 +28,7 @@ import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from evidence import Parser, compare_pairs, describe, make_table, progress, write
+from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
 from loaders import DataError, load_digits, load_mnist_test, split
 from training import MLP, PLAIN, make_trainer
 
@@ -99,7 +98,7 @@ def train_both(trainer, hyper, data, seed: int, epochs: int) -> dict[str, list[f
     return {**curves, "test_accuracy_percent": float(test_accuracy)}
 
 
-def run_all(args, images, labels, size: int, console: Console) -> list[dict]:
+def run_all(args, console: Console, images, labels, size: int) -> list[dict]:
     steps = args.epochs * (size // BATCH_SIZE)
 
     @functools.cache  # the radius is no part of the program
@@ -204,14 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         parser.error(str(error))
     size = MNIST_TRAIN if args.data else DIGITS_TRAIN
-    console = Console()
-    start = time.perf_counter()
-    runs = run_all(args, images, labels, size, console)
-    print_results(runs, args, console)
-    seconds = time.perf_counter() - start
-    write(NAME, args, runs, make_figure(runs, args), seconds)
-    console.print(f"{seconds:.0f} s; {NAME}.json and {NAME}.png are in {args.output}")
-    return 0
+    run = functools.partial(run_all, images=images, labels=labels, size=size)
+    return carry_out(NAME, args, run, print_results, make_figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ In float64, so that a radius of 1e-5 is not lost to rounding.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.console import Console
 
-from evidence import Parser, compare_pairs, describe, make_table, progress, write
+from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
 from training import PLAIN, make_step
 
 NAME = "two_minima"
@@ -114,11 +113,18 @@ def run_two_minima(args, advance) -> list[dict]:
     return runs
 
 
+def run_all(args, console: Console) -> list[dict]:
+    rates = len(RATES) if not args.quick else len(RATES[6:])
+    parts = 1 + len(VALLEY_RHOS) + len(RHOS) * rates
+    with jax.enable_x64(True), progress(console, parts) as advance:
+        return run_valley(args, advance) + run_two_minima(args, advance)
+
+
 def of(runs: list[dict], function: str) -> list[dict]:
     return [run for run in runs if run["function"] == function]
 
 
-def print_results(runs: list[dict], console: Console) -> None:
+def print_results(runs: list[dict], args, console: Console) -> None:
     gd, *others = of(runs, "valley")
     # Where GD ends as in the review, on how many starts, and where SAM does from these.
     alike = np.abs(np.subtract(gd["eigenvalues"], REVIEW["GD"])) < 0.01
@@ -150,7 +156,7 @@ def print_results(runs: list[dict], console: Console) -> None:
     console.print("x² (x − 1)² / (x² + 1e-4), by learning rate:", table)
 
 
-def make_figure(runs: list[dict]) -> Figure:
+def make_figure(runs: list[dict], args) -> Figure:
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     gd, *others = of(runs, "valley")
@@ -192,17 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.count("starts", 10000, "random starts on (x − 1)² y²; a 20th on the other")
     parser.count("steps", 1000, "steps of each run; with small learning rates more")
     args = parser.parse(argv)
-    console = Console()
-    start = time.perf_counter()
-    rates = len(RATES) if not args.quick else len(RATES[6:])
-    parts = 1 + len(VALLEY_RHOS) + len(RHOS) * rates
-    with jax.enable_x64(True), progress(console, parts) as advance:
-        runs = run_valley(args, advance) + run_two_minima(args, advance)
-    print_results(runs, console)
-    seconds = time.perf_counter() - start
-    write(NAME, args, runs, make_figure(runs), seconds)
-    console.print(f"{seconds:.0f} s; {NAME}.json and {NAME}.png are in {args.output}")
-    return 0
+    return carry_out(NAME, args, run_all, print_results, make_figure)
 
 
 if __name__ == "__main__":
