@@ -102,22 +102,22 @@ def test_each_method_chooses_by_validation_and_is_tested_on_new_seeds(report):
     for method in ("SGD", "SAM"):
         tuning = of(runs, method=method, on="validation")
         tests = of(runs, method=method, on="test")
-        assert len(tuning) == len(tests) == 2
+        assert (len(tuning), len(tests)) == (2, 1)
         best = min(tuning, key=lambda run: run["loss"])
         for run in tests:
             assert run["learning_rate"] == best["learning_rate"]
             assert run["rho"] == best["rho"]
             assert run["seed"] not in [other["seed"] for other in tuning]
             assert run["gap"] == pytest.approx(run["loss"] - run["train_loss"])
-            assert run["gradients"] == 400
+            assert run["gradients"] == 200
             assert len(run["curve"]["loss"]) == len(run["curve"]["gradients"])
 
 
 def test_norms_are_of_one_geometry(report):
     for run in report("norms")["runs"]:
         ratio, product = np.array(run["ratio"]), np.array(run["product_over_square"])
-        assert np.all(ratio[-3:] < 1)
-        assert np.all(product[-3:] > 1)
+        assert np.all(ratio[-2:] < 1)
+        assert np.all(product[-2:] > 1)
     ratios = {run["rho"]: run["ratio"][-1] for run in report("norms")["runs"]}
     assert ratios[0.01] > ratios[0.05] > ratios[0.2]
 

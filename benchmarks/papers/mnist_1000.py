@@ -209,7 +209,7 @@ def make_figure(runs: list[dict], args) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    quick = {"seeds": 2, "tuning_seeds": 1, "gradients": 400}
+    quick = {"seeds": 1, "tuning_seeds": 1, "gradients": 200}
     quick |= {"settings": 2, "methods": ["SGD", "SAM"]}
     parser = Parser(__doc__, quick)
     parser.data("directory with the files of MNIST (required)")

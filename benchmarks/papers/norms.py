@@ -84,7 +84,7 @@ def summarize(reports: list) -> dict[str, list[float]]:
 
 def stage(run: dict, key: str, part: tuple[float, float]) -> float:
     start, end = (round(share * len(run[key])) for share in part)
-    return float(np.mean(run[key][start:end]))
+    return float(np.mean(run[key][start : max(end, start + 1)]))
 
 
 def print_results(runs: list[dict], args, console: Console) -> None:
@@ -123,7 +123,7 @@ def make_figure(runs: list[dict], args) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, {"seeds": 2, "epochs": 10})
+    parser = Parser(__doc__, {"seeds": 2, "epochs": 5})
     parser.count("seeds", 5, "trainings with each radius")
     parser.count("epochs", 200, "passes over the training images")
     args = parser.parse(argv)
