@@ -214,6 +214,7 @@ def test_pairs_are_compared_as_student_does():
         ("one_example", ["--schedules", "linear"], "'linear'"),
         ("one_example", ["--data", "empty"], "t10k-images-idx3-ubyte"),
         ("mnist_1000", [], "--data"),
+        ("mnist_1000", ["--gradients", "199"], "200"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ are for the test. The other 2,000 are divided anew for each seed: 1,000 to train
 import itertools
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from rich.console import Console
 
 from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
 from loaders import DataError, load_mnist_test, split
-from training import MLP, PLAIN, gradients_per_step, make_trainer
+from training import MLP, PLAIN, Trainer, gradients_per_step, make_trainer
 
 NAME = "mnist_1000"
 WIDTHS, BATCH_SIZE = (500, 300, 10), 10
@@ -74,45 +74,39 @@ METHODS = {
 }
 
 
-class Runner:
-    """Trains methods on the same data, with one compiled program for each."""
+@cache  # settings are no part of the program
+def trainer_of(name: str, base: str) -> Trainer:
+    make_base = {"sgd": optax.sgd, "adam": optax.adam}[base]
+    return make_trainer(MLP(WIDTHS), name, make_base, BATCH_SIZE)
 
-    def __init__(self, data, budget: int):
-        self._data, self._budget, self._trainers = data, budget, {}
 
-    def __call__(self, name: str, setting: dict, seed: int, part: str) -> dict:
-        """One training, with its losses and its gap on `part` of the images."""
-        method = METHODS[name]
-        trainer = self._trainer(method)
-        train, validation, test = split(*self._data, (TRAIN, VALIDATION), seed)
-        examples = {"validation": validation, "test": test}[part]
-        key = jax.random.key(seed)
-        state = trainer.init(setting, key, train[0])
-        gradients_per_epoch = TRAIN // BATCH_SIZE * gradients_per_step(method.name)
-        epochs = self._budget // gradients_per_epoch
-        every = max(1, epochs // 10) if part == "test" else epochs
-        curve = []
-        for epoch in range(1, epochs + 1):
-            state, _ = trainer.epoch(state, setting, key, *train)
-            if epoch % every == 0 or epoch == epochs:
-                train_loss, _ = trainer.evaluate(state, *train)
-                loss, accuracy = trainer.evaluate(state, *examples)
-                point = (train_loss, loss, loss - train_loss, accuracy)
-                curve.append([epoch * gradients_per_epoch, *map(float, point)])
-        columns = ("gradients", "train_loss", "loss", "gap", "accuracy_percent")
-        curve = dict(zip(columns, zip(*curve, strict=True), strict=True))
-        final = {column: values[-1] for column, values in curve.items()}
-        setting = {"rho": None, **setting}
-        run = {"method": name, **setting, "seed": seed, "on": part, **final}
-        return run | {"curve": curve}
+def gradients_per_epoch(method: Method) -> int:
+    return TRAIN // BATCH_SIZE * gradients_per_step(method.name)
 
-    def _trainer(self, method: Method):
-        if method.name + method.base not in self._trainers:
-            bases = {"sgd": optax.sgd, "adam": optax.adam}
-            self._trainers[method.name + method.base] = make_trainer(
-                MLP(WIDTHS), method.name, bases[method.base], BATCH_SIZE
-            )
-        return self._trainers[method.name + method.base]
+
+def train_once(data, budget: int, name: str, setting: dict, seed: int, part: str):
+    """One training of `budget` gradients, with its losses and gap on `part` of data."""
+    method = METHODS[name]
+    trainer = trainer_of(method.name, method.base)
+    train, validation, test = split(*data, (TRAIN, VALIDATION), seed)
+    examples = {"validation": validation, "test": test}[part]
+    key = jax.random.key(seed)
+    state = trainer.init(setting, key, train[0])
+    epochs = budget // gradients_per_epoch(method)
+    every = max(1, epochs // 10) if part == "test" else epochs
+    curve = []
+    for epoch in range(1, epochs + 1):
+        state, _ = trainer.epoch(state, setting, key, *train)
+        if epoch % every == 0 or epoch == epochs:
+            train_loss, _ = trainer.evaluate(state, *train)
+            loss, accuracy = trainer.evaluate(state, *examples)
+            point = (train_loss, loss, loss - train_loss, accuracy)
+            curve.append([epoch * gradients_per_epoch(method), *map(float, point)])
+    columns = ("gradients", "train_loss", "loss", "gap", "accuracy_percent")
+    curve = dict(zip(columns, zip(*curve, strict=True), strict=True))
+    final = {column: values[-1] for column, values in curve.items()}
+    run = {"method": name, "rho": None, **setting, "seed": seed, "on": part}
+    return {**run, **final, "curve": curve}
 
 
 def setting_of(run: dict) -> dict[str, float]:
@@ -123,11 +117,12 @@ def setting_of(run: dict) -> dict[str, float]:
 
 def mean_loss(runs: list[dict], setting: dict) -> float:
     losses = [run["loss"] for run in runs if setting_of(run) == setting]
-    return float(np.mean(losses)) if losses else 0.0
+    # Infinite where a training has diverged; nothing to compare where none was made.
+    return float(np.nan_to_num(np.mean(losses), nan=np.inf)) if losses else 0.0
 
 
 def run_all(args, console: Console, data) -> list[dict]:
-    run = Runner(data, args.gradients)
+    run = partial(train_once, data, args.gradients)
     tuning_seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
     settings = {
         name: METHODS[name].settings()[: args.settings] for name in args.methods
@@ -220,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.count("gradients", 15000, "gradient computations of each training")
     args = parser.parse(argv)
     args.methods = list(dict.fromkeys([*map(counterpart, args.methods), *args.methods]))
+    needed = max(gradients_per_epoch(METHODS[name]) for name in args.methods)
+    if args.gradients < needed:
+        parser.error(f"argument --gradients: one epoch takes {needed}")
     if args.data is None:
         parser.error("argument --data: a directory with the files of MNIST is needed")
     try:

@@ -77,8 +77,9 @@ class State(NamedTuple):
 class Trainer(NamedTuple):
     """How to train; `hyper` is a dict of numbers, so that all share one program.
 
-    One seed and one setting at a time: under vmap the branches of the steps become the
-    work of both sides, and on CPUs a batch of small products gains nothing.
+    One seed and one setting at a time: on a CPU, four seeds under vmap take four times
+    as long as one without SAM, and eight times with it, as vmap runs both sides of
+    branches.
     """
 
     init: Callable[..., State]  # (hyper, key, x)
