@@ -95,7 +95,7 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             if not target.startswith("https://"):
                 path, _, anchor = target.partition("#")
-                linked = page.parent / path
+                linked = page.parent / path if path else page
                 assert linked.exists(), (page.name, target)
                 if anchor:
                     headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)

@@ -1,0 +1,134 @@
+"""The gradient at w and that at w + ε along a training with SAM: norms and alignment.
+
+    python benchmarks/papers/norms.py
+
+Figures 1 and 3 of Tan et al., "Stabilizing Sharpness-aware Minimization Through A
+Simple Renormalization Strategy" (https://arxiv.org/abs/2401.07250), with its radii
+0.01, 0.05 and 0.2: the ratio ‖g‖/‖gᵃ‖, and whether ⟨gᵃ, g⟩ is larger than ‖g‖². The
+paper trains a ResNet-18 on CIFAR-100 for 200 epochs; here it is a multilayer perceptron
+on scikit-learn's digits, with the paper's other settings but the smoothing of labels:
+batches of 128, momentum 0.9, weight decay 5e-4, learning rate 0.1 with a cosine decay.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from evidence import Parser, carry_out, describe, make_table, progress
+from loaders import load_digits, split
+from training import MLP, make_trainer
+
+NAME = "norms"
+RHOS = [0.01, 0.05, 0.2]
+TRAIN, BATCH_SIZE, LEARNING_RATE = 1000, 128, 0.1
+# Which epochs a mean is over, as shares of all.
+STAGES = {"first tenth": (0, 0.1), "middle": (0.45, 0.55), "last tenth": (0.9, 1)}
+TITLES = {
+    "ratio": "‖g‖ / ‖gᵃ‖",
+    "product_over_square": "⟨gᵃ, g⟩ / ‖g‖²",
+    "larger_percent": "steps with ⟨gᵃ, g⟩ > ‖g‖² (%)",
+}
+
+
+def run_all(args, console: Console) -> list[dict]:
+    steps = args.epochs * (TRAIN // BATCH_SIZE)
+
+    def make_base(learning_rate):
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+        return optax.chain(
+            optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9)
+        )
+
+    trainer = make_trainer(MLP((256, 256, 10)), "sam", make_base, BATCH_SIZE)
+    runs = []
+    with progress(console, len(RHOS) * args.seeds) as advance:
+        for rho in RHOS:
+            for seed in range(args.seeds):
+                train, test = split(*load_digits(), (TRAIN,), seed)
+                key, hyper = jax.random.key(seed), {"learning_rate": LEARNING_RATE}
+                hyper["rho"] = rho
+                state = trainer.init(hyper, key, train[0])
+                reports = []
+                for _ in range(args.epochs):
+                    state, (_, report) = trainer.epoch(state, hyper, key, *train)
+                    reports.append(report)
+                _, accuracy = trainer.evaluate(state, *test)
+                runs.append(
+                    {"rho": rho, "seed": seed, "accuracy_percent": float(accuracy)}
+                    | summarize(reports)
+                )
+                advance(f"ρ = {rho:g}, seed {seed}: test accuracy {accuracy:.1f} %")
+    return runs
+
+
+def summarize(reports: list) -> dict[str, list[float]]:
+    """Means over each epoch, of the steps of a batch each."""
+    g, ga, cosine = (
+        np.array([getattr(report, field) for report in reports])
+        for field in ("ascent_norm", "descent_norm", "cosine")
+    )
+    product = cosine * ga * g
+    columns = {
+        "ratio": g / ga,
+        "product_over_square": product / g**2,  # ⟨gᵃ, g⟩ / ‖g‖²
+        "larger_percent": 100 * (product > g**2),
+        "norm": g,
+    }
+    return {key: values.mean(axis=1).tolist() for key, values in columns.items()}
+
+
+def stage(run: dict, key: str, part: tuple[float, float]) -> float:
+    start, end = (round(share * len(run[key])) for share in part)
+    return float(np.mean(run[key][start : max(end, start + 1)]))
+
+
+def print_results(runs: list[dict], args, console: Console) -> None:
+    table = make_table("rho", "", *STAGES)
+    for rho in RHOS:
+        for key, title in TITLES.items():
+            mine = [run for run in runs if run["rho"] == rho]
+            digits = 1 if key == "larger_percent" else 3
+            cells = (
+                describe([stage(run, key, part) for run in mine], digits)
+                for part in STAGES.values()
+            )
+            table.add_row(f"{rho:g}", title, *cells)
+    console.print(table)
+
+
+def make_figure(runs: list[dict], args) -> Figure:
+    figure = Figure((8, 3.2), layout="constrained")
+    shown = list(TITLES)[:2]  # the third is 100 % almost everywhere
+    for axes, key in zip(figure.subplots(1, 2), shown, strict=True):
+        for rho in RHOS:
+            curves = np.array([run[key] for run in runs if run["rho"] == rho])
+            epochs = range(1, curves.shape[1] + 1)
+            axes.plot(epochs, curves.mean(axis=0), label=f"ρ = {rho:g}", lw=1.2)
+            low, high = curves.min(axis=0), curves.max(axis=0)
+            axes.fill_between(epochs, low, high, alpha=0.2, lw=0)
+        axes.set_title(TITLES[key], fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.set_yscale("log")
+        axes.set_ylim(*((0.08, 1.2) if key == "ratio" else (0.9, 15)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__, {"seeds": 2, "epochs": 5})
+    parser.count("seeds", 5, "trainings with each radius")
+    parser.count("epochs", 200, "passes over the training images")
+    args = parser.parse(argv)
+    return carry_out(NAME, args, run_all, print_results, make_figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
