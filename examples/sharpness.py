@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # a file has room for the table
     loss_fn = make_loss(args)
     solutions = compare(loss_fn, args, console)
     firsts = {method: several[0] for method, several in solutions.items()}
