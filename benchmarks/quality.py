@@ -168,9 +168,8 @@ def make_figure(points: list[Point], goal: Point) -> Figure:
     methods = list(dict.fromkeys(point.method for point in points))
     for i, method in enumerate(methods):
         mine = [point for point in points if point.method == method]
-        x = [point.gradients * 1.015 ** (i - len(methods) / 2) for point in mine]
         axes.errorbar(
-            x,
+            [point.gradients for point in mine],
             [100 - point.mean for point in mine],
             [point.deviation for point in mine],
             marker="osD^v<>PX*hp"[i % 12],
