@@ -66,7 +66,33 @@ MUTANTS = {
         "lambda updates, _: jax.tree.map(_tree.unit, updates))",
     ),
     "no rescue of tiny and huge norms": Mutant(
-        "_tree.py", "(plain >= low) & (plain <= high)", "(plain == plain)"
+        "_tree.py",
+        "(plain >= 1 / reach) & (plain <= reach)",
+        "(plain == plain)",
+    ),
+    "large norms rescued like small ones": Mutant(
+        "_tree.py",
+        "jnp.where(plain > reach, 1 / reach, jnp.asarray(reach, plain.dtype))",
+        "jnp.asarray(reach, plain.dtype)",
+        first="ends",
+    ),
+    "a direction for what is infinite": Mutant(
+        "_tree.py",
+        "Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)",
+        "Sphere(shrink, square)",
+        first="no_direction",
+    ),
+    "single precision beside double": Mutant(
+        "_tree.py",
+        "_of_one_width(jax.tree.leaves(at_least_float32(tree)))",
+        "jax.tree.leaves(at_least_float32(tree))",
+        first="beside_double",
+    ),
+    "zero beside double": Mutant(
+        "_tree.py",
+        "jnp.where(is_safe | (square == 0), 1, rescue)",
+        "jnp.where(is_safe, 1, rescue)",
+        first="beside_double",
     ),
     "order of the norm ignored": Mutant("_ascent.py", "if p == 2:", "if True:"),
     "wrong root of the p-norm": Mutant(
@@ -130,14 +156,27 @@ MUTANTS = {
     ),
     "no guard": Mutant(
         "_core.py",
-        "finite = _tree.all_finite(g)",
+        "finite = verdicts[0] if verdicts else _tree.all_finite(g)",
         "finite = jnp.bool_(True)",
         first="nan_batch",
     ),
+    "an ascent that vouches for everything": Mutant(
+        "_ascent.py",
+        "vouch(jnp.isfinite(sphere.square))",
+        "vouch(jnp.bool_(True))",
+        first="non_finite",
+    ),
+    "a masked ascent vouches for all of g": Mutant(
+        "_ascent.py",
+        "    return optax.GradientTransformationExtraArgs(init_fn, update_fn)\n\n\n"
+        "def _on_masked",
+        "    return VouchingAscent(init_fn, update_fn)\n\n\ndef _on_masked",
+        first="outside_the_mask",
+    ),
     "overflow hidden by a rectifier": Mutant(
         "_core.py",
-        "lambda x: jnp.where(finite, x, jnp.nan), d)",
-        "lambda x: x, d)",
+        "d = _tree.scale(jnp.where(finite, 1, jnp.nan), d)",
+        "pass",
         first="rectifier",
     ),
     "guard stops counters": Mutant(
