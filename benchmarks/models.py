@@ -215,7 +215,7 @@ CIFAR, IMAGENET = (32, 32, 3), (224, 224, 3)
 MODELS = {
     "mlp": mlp((16, 16, 1), width=1024, batch=32),
     "resnet": resnet(CIFAR, width=16, batch=16, blocks=(1, 1, 1)),
-    "transformer": transformer(CIFAR, width=64, batch=16, patch=4, depth=4),
+    "transformer": transformer(CIFAR, width=64, batch=16, patch=4, depth=2),
     "resnet18": resnet(CIFAR, width=64, batch=128, blocks=(2, 2, 2, 2)),
     "resnet18-imagenet": resnet(IMAGENET, width=64, batch=64, blocks=(2, 2, 2, 2)),
     "vit-s": transformer(CIFAR, width=384, batch=128, patch=4, depth=12),

@@ -62,8 +62,8 @@ MUTANTS = {
     ),
     "norm per leaf": Mutant(
         "_ascent.py",
-        "lambda updates, _: _tree.unit(updates))",
-        "lambda updates, _: jax.tree.map(_tree.unit, updates))",
+        "return _tree.to_unit(updates, sphere), state",
+        "return jax.tree.map(_tree.unit, updates), state",
     ),
     "no rescue of tiny and huge norms": Mutant(
         "_tree.py",
@@ -100,8 +100,8 @@ MUTANTS = {
     ),
     "T_w once": Mutant(
         "_ascent.py",
-        "optax.chain(rescale, normalize_by_global_norm(), rescale,",
-        "optax.chain(rescale, normalize_by_global_norm(),",
+        "_vouching(rescale, normalize_by_global_norm(), rescale,",
+        "_vouching(rescale, normalize_by_global_norm(),",
     ),
     "eta ignored": Mutant("_ascent.py", "+ jnp.asarray(eta, u.dtype)", "+ 0"),
     "adaptive mask inverted": Mutant(
@@ -158,7 +158,7 @@ MUTANTS = {
         "_core.py",
         "finite = verdicts[0] if verdicts else _tree.all_finite(g)",
         "finite = jnp.bool_(True)",
-        first="nan_batch",
+        first="non_finite",
     ),
     "an ascent that vouches for everything": Mutant(
         "_ascent.py",
@@ -255,8 +255,8 @@ MUTANTS = {
     ),
     "GSAM: projection's arguments swapped": Mutant(
         "_descent.py",
-        "_tree.orthogonal(difference, kept)",
-        "_tree.orthogonal(kept, difference)",
+        "_tree.projection(_tree.subtract(ga, g), kept)",
+        "_tree.projection(kept, _tree.subtract(ga, g))",
         first="gsam",
     ),
     "GSAM: the two minimized losses swapped": Mutant(
