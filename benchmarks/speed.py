@@ -1,6 +1,6 @@
 """What a sharpness-aware step costs, side by side with steps written by hand.
 
-    python benchmarks/speed.py --quick
+    python benchmarks/speed.py
 
 On a perceptron whose parameters dominate, a small residual network and a small
 transformer, the steps below run in turn within one process: plain SGD, two gradients
@@ -9,7 +9,7 @@ over `sam`, and what is cheaper than two gradients over plain SGD. Printed are m
 of the ratios of one round with the range that holds half of them, beside what the
 compiler counts (flops, bytes accessed, temporary memory), the passes over the
 parameters, and at the end each target with what was measured. `speed.json` and
-`speed.png` in the output directory hold the same.
+`speed.png` in the output directory hold the same. `--quick` takes two minutes.
 
     python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
     python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16
@@ -605,8 +605,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--models",
         nargs="+",
         choices=MODELS,
-        default=small,
-        help=f"(default: {' '.join(small)})",
+        help=f"(default: {' '.join(small)}, of which --quick leaves out the last)",
     )
     parser.add_argument(
         "--width", type=int, nargs="+", help="of the layers (default: the model's own)"
@@ -649,6 +648,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="directory of speed.json and speed.png (default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    args.models = args.models or small[: 2 if args.quick else 3]
     if args.quick:
         args.rounds, args.compiles = min(args.rounds, 10), 1
     if args.rounds < 2 or args.compiles < 1:
