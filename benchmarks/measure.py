@@ -2,56 +2,91 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 
 class Program(NamedTuple):
-    """A compiled program with its arguments, and what its compilation took."""
+    """A compiled program with its arguments, and what the compiler says of it."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     flops: float
+    bytes_accessed: float
     temporary_bytes: int
     compile_seconds: float
 
 
-def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
+def compile_program(
+    function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()
+) -> Program:
+    """Compiles anew, whatever was compiled before."""
+
+    def fresh(*arguments):
+        return function(*arguments)
+
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jax.jit(fresh, donate_argnums=donate).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return Program(
         compiled,
         arguments,
-        compiled.cost_analysis()["flops"],
+        cost["flops"],
+        cost["bytes accessed"],
         memory.temp_size_in_bytes if memory else 0,
         seconds,
     )
 
 
-def time_in_turn(programs: dict[str, Program], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; a round runs every program once."""
-    for program in programs.values():  # the first run of a program is not like the next
-        jax.block_until_ready(program.run(*program.arguments))
-    times = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
+def time_in_turn(
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    tell: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each round; a round makes every call once, and `tell` hears of it.
+
+    Every other round goes backwards, so that no call always follows the same one.
+    """
+    for call in calls.values():  # the first run of a program is not like the next
+        jax.block_until_ready(call())
+    times = {name: [] for name in calls}
+    for index in range(rounds):
+        for name in reversed(calls) if index % 2 else calls:
             start = time.perf_counter()
-            jax.block_until_ready(program.run(*program.arguments))
+            jax.block_until_ready(calls[name]())
             times[name].append(time.perf_counter() - start)
+        tell()
     return times
 
 
-def print_ratios(programs: dict[str, Program], rounds: int) -> None:
-    """A table of all programs over the first of them.
+class Spread(NamedTuple):
+    """A median, and the range that holds half of the values."""
 
-    Times are medians of the ratios of one round, with the range that holds half of
-    them: ratios hold where single times do not, on machines that are shared and noisy.
-    """
-    times = time_in_turn(programs, rounds)
+    low: float
+    median: float
+    high: float
+
+    def __str__(self):
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def ratios(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Of the two times of one round: these hold where single times do not, on machines
+    that are shared and noisy."""
+    pairs = [a / b for a, b in zip(times, reference, strict=True)]
+    return Spread(*statistics.quantiles(pairs, n=4, method="inclusive"))
+
+
+def print_ratios(programs: dict[str, Program], rounds: int) -> None:
+    """A table of all programs over the first of them."""
+    calls = {
+        name: lambda program=program: program.run(*program.arguments)
+        for name, program in programs.items()
+    }
+    times = time_in_turn(calls, rounds)
     first, reference = next(iter(programs.items()))
     width = max(map(len, programs))
     print(
@@ -59,9 +94,7 @@ def print_ratios(programs: dict[str, Program], rounds: int) -> None:
         f"{'compile':>8}"
     )
     for name, program in programs.items():
-        ratios = [a / b for a, b in zip(times[name], times[first], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        spread = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+        spread = str(ratios(times[name], times[first]))
         flops = program.flops / reference.flops
         memory = program.temporary_bytes / max(reference.temporary_bytes, 1)
         seconds = program.compile_seconds / reference.compile_seconds

@@ -129,8 +129,29 @@ def normalize_by_global_norm(p: Any = 2) -> optax.GradientTransformation:
         raise ValueError(f"p must be >= 1, got {p}.")
     p = float(p)
     if p == 2:
-        return optax.stateless(lambda updates, _: _tree.unit(updates))
+        return optax.GradientTransformationExtraArgs(optax.init_empty_state, _to_unit)
     return optax.stateless(lambda updates, _: _dual_unit(updates, p))
+
+
+def _to_unit(updates, state, params=None, *, vouch=None, **extra_args):
+    del params, extra_args
+    sphere = _tree.measure(updates)
+    if vouch is not None:
+        vouch(jnp.isfinite(sphere.square))
+    return _tree.to_unit(updates, sphere), state
+
+
+class VouchingAscent(optax.GradientTransformationExtraArgs):
+    """An ascent that takes the norm of what is finite only if g is.
+
+    `sharpness_aware` passes it one more argument, `vouch=`, a function that it calls
+    with that verdict: the guard then needs no pass over g of its own.
+    """
+
+
+def _vouching(*parts: optax.GradientTransformation) -> VouchingAscent:
+    """A chain of a normalisation, and of parts that hand on what is not finite."""
+    return VouchingAscent(*optax.chain(*parts))
 
 
 def _dual_unit(tree: Any, p: float) -> Any:
@@ -477,7 +498,7 @@ def asam_ascent(
 ) -> optax.GradientTransformationExtraArgs:
     """ASAM's ascent, ε = ρ T_w (T_w g/‖T_w g‖): the arguments are those of `asam`."""
     rescale = scale_by_magnitude(eta, adaptive_mask=adaptive_mask)
-    return optax.chain(rescale, normalize_by_global_norm(), rescale, scale_by_rho(rho))
+    return _vouching(rescale, normalize_by_global_norm(), rescale, scale_by_rho(rho))
 
 
 def fsam_ascent(
@@ -488,7 +509,7 @@ def fsam_ascent(
     as_released: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """F-SAM's ascent, ε = ρ h/‖h‖, h = g − σm: the arguments are those of `fsam`."""
-    return optax.chain(
+    return _vouching(
         subtract_ema(sigma, decay, as_released=as_released), sam_ascent(rho)
     )
 
@@ -503,7 +524,7 @@ def fasam_ascent(
     as_released: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """F-ASAM's ascent, ε = ρ T_w² h/‖T_w h‖, h = g − σm: the arguments of `fasam`."""
-    return optax.chain(
+    return _vouching(
         subtract_ema(sigma, decay, as_released=as_released),
         asam_ascent(rho, eta, adaptive_mask=adaptive_mask),
     )
@@ -516,7 +537,7 @@ def vasso_ascent(
     as_released: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """VaSSO's ascent, ε = ρ m/‖m‖: the arguments are those of `vasso`."""
-    return optax.chain(follow_ema(theta, as_released=as_released), sam_ascent(rho))
+    return _vouching(follow_ema(theta, as_released=as_released), sam_ascent(rho))
 
 
 def fisher_sam_ascent(
@@ -524,7 +545,7 @@ def fisher_sam_ascent(
 ) -> optax.GradientTransformationExtraArgs:
     """Fisher SAM's ascent, ε = ρ F⁻¹g/√(gᵀF⁻¹g): the arguments are those of it."""
     inverse_root = scale_by_inverse_root_fisher(eta)
-    return optax.chain(
+    return _vouching(
         inverse_root, normalize_by_global_norm(), inverse_root, scale_by_rho(rho)
     )
 

@@ -10,7 +10,13 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._ascent import Mask, require_params, resolve_mask, restrict
+from sam_optax._ascent import (
+    Mask,
+    VouchingAscent,
+    require_params,
+    resolve_mask,
+    restrict,
+)
 from sam_optax._cadence import Cadence, every_step
 from sam_optax._carrier import Report, SharpnessAwareGradients
 from sam_optax._guard import has_values, revert_unless
@@ -125,7 +131,8 @@ def sharpness_aware(
       guard: after a step whose gradient is not finite, d is not finite either, whatever
         the loss makes of w + ε, and floats in the state are as before the step, while
         counters and random keys advance. Costs at most one pass over the gradients:
-        none where the ascent takes the 2-norm of g itself. Default True.
+        none where the ascent takes the 2-norm of g, or is that of `asam`, `fsam`,
+        `fasam`, `vasso` or `fisher_sam`. Default True.
       stochastic_rounding: a key (int, typed or legacy) with which w + ε is rounded to
         half-precision parameters without bias. The price is noise: the actual
         displacement is usually 2 to 5 rho. Default None: round to nearest, and warn
@@ -226,7 +233,7 @@ def sharpness_aware(
             """The gradient at w that gᵃ is to be compared with, on its examples."""
             return evaluate.descent(params).gradient if evaluate.recompute else g
 
-        def ascend_from(g, evaluate, group=None):
+        def ascend_from(g, evaluate, group=None, **for_ascent):
             g = _tree.at_least_float32(g)
             return ascent.update(
                 g,
@@ -235,6 +242,7 @@ def sharpness_aware(
                 ascent_gradient=g,
                 grad_fn=lambda point: evaluate.ascent(point).gradient,
                 group=group,
+                **for_ascent,
                 **extra_args,
             )
 
@@ -278,7 +286,11 @@ def sharpness_aware(
             grouped, g = per_group(path_with_gradient)
 
         # The ascent runs on every step, so that its averages and schedules do not lag.
-        perturbation, ascent_state = ascend_from(g, evaluate)
+        verdicts: list[jax.Array] = []
+        for_ascent = {}
+        if isinstance(ascent, VouchingAscent):
+            for_ascent["vouch"] = verdicts.append
+        perturbation, ascent_state = ascend_from(g, evaluate, **for_ascent)
 
         def step_with_second_gradient():
             plain = plain_gradient(g, evaluate)
@@ -316,7 +328,7 @@ def sharpness_aware(
 
         d, descent_state = step.d, step.descent_state
         if guard:
-            finite = _tree.all_finite(g)
+            finite = verdicts[0] if verdicts else _tree.all_finite(g)
             # Only what depends on gᵃ is judged by it: a pass over d is saved otherwise.
             both = finite
             if has_values((descent_state, cadence_state)):
@@ -325,7 +337,7 @@ def sharpness_aware(
             descent_state = revert_unless(both, descent_state, state.descent_state)
             cadence_state = revert_unless(both, cadence_state, state.cadence_state)
             # At w + NaN, a rectifier can have a gradient of zero.
-            d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), d)
+            d = _tree.scale(jnp.where(finite, 1, jnp.nan), d)
         rounding_key = () if keys is None else keys.next(state.rounding_key)[1]
         new_state = SharpnessAwareState(
             ascent_state, descent_state, cadence_state, rounding_key

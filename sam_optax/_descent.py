@@ -9,6 +9,7 @@ two gradients agree, and accurate where they nearly do.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -79,9 +80,13 @@ def surrogate_gap(
 
     def part(alpha):
         def descend(ga, g, perturbation, params):
-            difference = _tree.subtract(ga, g)
             kept = ga if minimize == "perturbed_loss" else g
-            return _tree.add_scaled(kept, alpha, _tree.orthogonal(difference, kept))
+            overlap = _tree.projection(_tree.subtract(ga, g), kept)
+            # The barrier makes the compiler take the difference again, which is cheaper
+            # than to write it to memory for the second of its two uses.
+            ga, g = jax.lax.optimization_barrier((ga, g))
+            residual = _tree.subtract(_tree.subtract(ga, g), overlap)
+            return _tree.add_scaled(kept, alpha, residual)
 
         return _descent(descend)
 

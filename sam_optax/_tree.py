@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 Scalar = jax.Array | float
-
-# Inside this range of the squared norm, neither squares nor their sum have lost digits
-# in float32. Outside it, the tree is first divided by its largest entry.
-_SAFE_SQUARE = (1e-30, 1e30)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -136,43 +133,62 @@ class Sphere(NamedTuple):
     ‖tree‖ = sqrt(square) / shrink, and the direction is (tree · shrink) / sqrt(square).
     """
 
-    shrink: jax.Array  # shape=(), 1 unless the plain squared norm leaves the safe range
+    shrink: jax.Array  # shape=(), a power of two, or NaN for a tree that is not finite
     square: jax.Array  # shape=(), the squared norm of tree · shrink
 
 
 def measure(tree: Tree) -> Sphere:
-    """Measures a tree once; the direction and the norm both follow from it."""
-    tree = at_least_float32(tree)
-    plain = squared_norm(tree)
-    low, high = _SAFE_SQUARE
+    """Measures a tree once: norm, direction and finiteness all follow from it.
+
+    The square is the plain one, unless that leaves [1/reach, reach], inside which
+    neither squares nor their sum have lost digits: then the tree is multiplied by
+    1/reach or reach first, which brings every norm that the dtype can hold inside.
+    """
+    leaves = _of_one_width(jax.tree.leaves(at_least_float32(tree)))
+    plain = squared_norm(leaves)
+    reach = 2.0 ** (jnp.finfo(plain.dtype).maxexp * 3 // 4)
+    is_safe = (plain >= 1 / reach) & (plain <= reach)
+    rescue = jnp.where(plain > reach, 1 / reach, jnp.asarray(reach, plain.dtype))
     # In a cond, because the pass over the tree it saves is dear and the need is rare.
     # The branches are module-level functions, so that eager calls compile them once.
-    return jax.lax.cond(
-        (plain >= low) & (plain <= high), _unshrunk, _shrunk_by_largest, plain, tree
-    )
+    square = jax.lax.cond(is_safe, _plain, _rescued, plain, rescue, leaves)
+    shrink = jnp.where(is_safe | (square == 0), 1, rescue)
+    return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
 
 
-def _unshrunk(plain: jax.Array, tree: Tree) -> Sphere:
-    del tree
-    # 1, written so that it varies over the same mesh axes as the other branch's.
-    return Sphere(jnp.where(plain >= _SAFE_SQUARE[0], 1, plain), plain)
+def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
+    del rescue, leaves
+    return plain
 
 
-def _shrunk_by_largest(plain: jax.Array, tree: Tree) -> Sphere:
-    shrink = reciprocal_or_zero(largest_magnitude(tree)).astype(plain.dtype)
-    return Sphere(shrink, squared_norm(scale(shrink, tree)))
+def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
+    del plain
+    return squared_norm(scale(rescue, leaves))
+
+
+def _of_one_width(leaves: list[Any]) -> list[Any]:
+    """In the dtype of the widest, where a factor has room that suits a narrower not."""
+    dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in leaves]
+    if len(set(dtypes)) <= 1:
+        return leaves
+    wide = widest(*dtypes)
+    return [leaf.astype(np.promote_types(leaf.dtype, wide)) for leaf in leaves]
 
 
 def norm(tree: Tree) -> jax.Array:
     """Global 2-norm over all leaves, exact wherever it is representable."""
     shrink, square = measure(tree)
-    is_zero = shrink == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(square) / jnp.where(is_zero, 1, shrink))
+    return jnp.sqrt(square) / shrink
 
 
 def unit(tree: Tree) -> Tree:
     """The direction of a tree: global 2-norm one, or zero where the tree is zero."""
-    shrink, square = measure(tree)
+    return to_unit(tree, measure(tree))
+
+
+def to_unit(tree: Tree, sphere: Sphere) -> Tree:
+    """`unit` of a tree that has been measured."""
+    shrink, square = sphere
     is_zero = square == 0
     inverse = jnp.where(is_zero, 0, 1 / jnp.sqrt(jnp.where(is_zero, 1, square)))
     # Two factors: their product can leave the range of the dtype, x · shrink cannot.
@@ -237,28 +253,10 @@ def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tr
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every floating-point entry is finite.
 
-    Judged by the squared norm, which a method has often computed already, and entry by
-    entry only where that is not finite, because squares overflow before entries do.
+    Judged by `measure`, because a method has often measured the same tree already, and
+    the compiler computes that once.
     """
-    floats = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
-    square = squared_norm(floats)
-    return jax.lax.cond(
-        jnp.isfinite(square), _square_is_finite, _each_is_finite, square, floats
-    )
-
-
-def _square_is_finite(square: jax.Array, leaves: list[Any]) -> jax.Array:
-    del leaves
-    return jnp.isfinite(square)  # True, but varying over mesh axes as the other branch
-
-
-def _each_is_finite(square: jax.Array, leaves: list[Any]) -> jax.Array:
-    del square
-    return functools.reduce(
-        jnp.logical_and,
-        [jnp.all(jnp.isfinite(leaf)) for leaf in leaves],
-        jnp.bool_(True),
-    )
+    return jnp.isfinite(measure([x for x in jax.tree.leaves(tree) if is_inexact(x)])[1])
 
 
 def widest(*dtypes: Any) -> Any:

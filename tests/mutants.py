@@ -62,11 +62,37 @@ MUTANTS = {
     ),
     "norm per leaf": Mutant(
         "_ascent.py",
-        "lambda updates, _: _tree.unit(updates))",
-        "lambda updates, _: jax.tree.map(_tree.unit, updates))",
+        "return _tree.to_unit(updates, sphere), state",
+        "return jax.tree.map(_tree.unit, updates), state",
     ),
     "no rescue of tiny and huge norms": Mutant(
-        "_tree.py", "(plain >= low) & (plain <= high)", "(plain == plain)"
+        "_tree.py",
+        "(plain >= 1 / reach) & (plain <= reach)",
+        "(plain == plain)",
+    ),
+    "large norms rescued like small ones": Mutant(
+        "_tree.py",
+        "jnp.where(plain > reach, 1 / reach, jnp.asarray(reach, plain.dtype))",
+        "jnp.asarray(reach, plain.dtype)",
+        first="ends",
+    ),
+    "a direction for what is infinite": Mutant(
+        "_tree.py",
+        "Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)",
+        "Sphere(shrink, square)",
+        first="no_direction",
+    ),
+    "single precision beside double": Mutant(
+        "_tree.py",
+        "_of_one_width(jax.tree.leaves(at_least_float32(tree)))",
+        "jax.tree.leaves(at_least_float32(tree))",
+        first="beside_double",
+    ),
+    "zero beside double": Mutant(
+        "_tree.py",
+        "jnp.where(is_safe | (square == 0), 1, rescue)",
+        "jnp.where(is_safe, 1, rescue)",
+        first="beside_double",
     ),
     "order of the norm ignored": Mutant("_ascent.py", "if p == 2:", "if True:"),
     "wrong root of the p-norm": Mutant(
@@ -74,8 +100,8 @@ MUTANTS = {
     ),
     "T_w once": Mutant(
         "_ascent.py",
-        "optax.chain(rescale, normalize_by_global_norm(), rescale,",
-        "optax.chain(rescale, normalize_by_global_norm(),",
+        "_vouching(rescale, normalize_by_global_norm(), rescale,",
+        "_vouching(rescale, normalize_by_global_norm(),",
     ),
     "eta ignored": Mutant("_ascent.py", "+ jnp.asarray(eta, u.dtype)", "+ 0"),
     "adaptive mask inverted": Mutant(
@@ -130,14 +156,27 @@ MUTANTS = {
     ),
     "no guard": Mutant(
         "_core.py",
-        "finite = _tree.all_finite(g)",
+        "finite = verdicts[0] if verdicts else _tree.all_finite(g)",
         "finite = jnp.bool_(True)",
-        first="nan_batch",
+        first="non_finite",
+    ),
+    "an ascent that vouches for everything": Mutant(
+        "_ascent.py",
+        "vouch(jnp.isfinite(sphere.square))",
+        "vouch(jnp.bool_(True))",
+        first="non_finite",
+    ),
+    "a masked ascent vouches for all of g": Mutant(
+        "_ascent.py",
+        "    return optax.GradientTransformationExtraArgs(init_fn, update_fn)\n\n\n"
+        "def _on_masked",
+        "    return VouchingAscent(init_fn, update_fn)\n\n\ndef _on_masked",
+        first="outside_the_mask",
     ),
     "overflow hidden by a rectifier": Mutant(
         "_core.py",
-        "lambda x: jnp.where(finite, x, jnp.nan), d)",
-        "lambda x: x, d)",
+        "d = _tree.scale(jnp.where(finite, 1, jnp.nan), d)",
+        "pass",
         first="rectifier",
     ),
     "guard stops counters": Mutant(
@@ -216,8 +255,8 @@ MUTANTS = {
     ),
     "GSAM: projection's arguments swapped": Mutant(
         "_descent.py",
-        "_tree.orthogonal(difference, kept)",
-        "_tree.orthogonal(kept, difference)",
+        "_tree.projection(_tree.subtract(ga, g), kept)",
+        "_tree.projection(kept, _tree.subtract(ga, g))",
         first="gsam",
     ),
     "GSAM: the two minimized losses swapped": Mutant(

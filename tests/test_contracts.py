@@ -440,6 +440,18 @@ def test_a_bad_gradient_leaves_no_finite_perturbation(row, bad):
     assert not all_finite(perturbation_of(row(), w, g))
 
 
+def test_a_bad_gradient_outside_the_mask_is_seen(row):
+    """An ascent there takes the norm of the perturbed leaves alone."""
+    w = problem.params()
+    mask = jax.tree.map(lambda _: True, w)
+    mask["b"]["c"] = False
+    sam = row(mask=mask)
+    g = grad_fn(w)
+    g["b"]["c"] = g["b"]["c"].at[1].set(jnp.nan)
+    d, _ = sam.update(g, sam.init(w), w, grad_fn=grad_fn, ascend=True)
+    assert not all_finite(d)
+
+
 def test_the_guard_can_be_switched_off(row):
     w = problem.params()
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), w)

@@ -27,6 +27,31 @@ def test_norm_and_unit_at_the_ends_of_float32(scale):
     np.testing.assert_allclose(unit["b"][0], -0.8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_norm_and_unit_at_the_ends_of_float64(scale):
+    with jax.enable_x64(True):
+        tree = scale * jnp.array([3.0, -4.0])
+        assert float(_tree.norm(tree)) == pytest.approx(5 * scale, rel=1e-14)
+        np.testing.assert_allclose(_tree.unit(tree), [0.6, -0.8], rtol=1e-14)
+
+
+def test_single_precision_beside_double():
+    with jax.enable_x64(True):
+        tree = {"single": jnp.array([3e25], jnp.float32), "double": jnp.zeros(1)}
+        assert float(_tree.norm(tree)) == pytest.approx(3e25, rel=1e-6)
+        assert float(_tree.unit(tree)["single"][0]) == pytest.approx(1)
+        zero = jax.tree.map(jnp.zeros_like, tree)
+        assert not np.any(_tree.unit(zero)["single"])
+
+
+def test_mapped_and_differentiated_at_every_scale():
+    trees = jnp.array([[1e-37], [1e-12], [1.0], [1e30]]) * jnp.array([3.0, -4.0])
+    expected = np.tile([0.6, -0.8], (4, 1))
+    np.testing.assert_allclose(jax.vmap(_tree.unit)(trees), expected, rtol=1e-6)
+    slopes = jax.vmap(jax.grad(_tree.norm))(trees[1:])
+    np.testing.assert_allclose(slopes, expected[1:], rtol=1e-6)
+
+
 def test_zero_has_norm_zero_and_no_direction():
     zero = jax.tree.map(jnp.zeros_like, TREE)
     assert _tree.norm(zero) == 0

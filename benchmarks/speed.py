@@ -1,0 +1,708 @@
+"""What a sharpness-aware step costs, side by side with steps written by hand.
+
+    python benchmarks/speed.py
+
+On a perceptron whose parameters dominate, a small residual network and a small
+transformer, the steps below run in turn within one process: plain SGD, two gradients
+written by hand, `sam_optax.sam` through both doors, `optax.contrib.sam`, the methods
+over `sam`, and what is cheaper than two gradients over plain SGD. Printed are medians
+of the ratios of one round with the range that holds half of them, beside what the
+compiler counts (flops, bytes accessed, temporary memory), the passes over the
+parameters, and at the end each target with what was measured. `speed.json` and
+`speed.png` in the output directory hold the same. `--quick` takes two minutes.
+
+    python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
+    python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16
+
+sweep the work, and run at the sizes of papers, on whatever device JAX finds. Parameters
+and states are donated, as in training. With `--torch`, the same perceptron in PyTorch.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import operator
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from matplotlib.figure import Figure
+from measure import Program, Spread, compile_program, ratios, time_in_turn
+from models import MODELS, make_batch, make_loss
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+import sam_optax
+
+RHO, LEARNING_RATE, ALPHA = 0.05, 0.01, 0.4
+
+# What is compared, and with what.
+COMPARISONS = [
+    ("plain SGD", "by hand"),
+    ("sam, door 1", "by hand"),
+    ("sam, door 2", "by hand"),
+    ("optax.contrib.sam, opaque", "by hand"),
+    ("optax.contrib.sam, transparent", "by hand"),
+    ("sam, door 1", "optax.contrib.sam, opaque"),
+    ("sam, door 2", "optax.contrib.sam, opaque"),
+    ("gsam", "gsam by hand"),
+    ("asam", "sam, door 1"),
+    ("fsam", "sam, door 1"),
+    ("gsam", "sam, door 1"),
+    ("stable_sam", "sam, door 1"),
+    ("vasso", "sam, door 1"),
+    ("look_sam, k = 5", "plain SGD"),
+    ("rst, p = 0.5", "plain SGD"),
+    ("sam, a quarter ascends", "plain SGD"),
+    ("random_sam", "plain SGD"),
+    ("report unused", "sam, door 1"),
+    ("report used", "sam, door 1"),
+    ("fsam", "fsam, no guard"),
+]
+
+# A step of these is the mean of others, of which a Python decision takes one.
+MEANS = {
+    "look_sam, k = 5": {"look_sam, ascends": 1 / 5, "look_sam, does not": 4 / 5},
+    "rst, p = 0.5": {"rst, ascends": 1 / 2, "rst, does not": 1 / 2},
+}
+
+# Passes over the parameters that the equation adds to those of SAM, if whatever can run
+# between two norms is one loop: reads of w (asam), of gᵃ (stable_sam), of gᵃ and g for
+# the projection and of g at the end (gsam), of m twice, and its write (fsam, vasso).
+FEWEST_PASSES = {"asam": 1, "fsam": 3, "gsam": 3, "stable_sam": 1, "vasso": 3}
+
+
+class Target(NamedTuple):
+    """The most that a quantity of one step may be of another's, on some models."""
+
+    name: str
+    over: str
+    quantity: str
+    at_most: float
+    models: tuple[str, ...] = tuple(MODELS)
+
+
+CONVOLUTIONAL = ("resnet", "resnet18", "resnet18-imagenet")
+DOORS = ("sam, door 1", "sam, door 2")
+TARGETS = [
+    *(
+        Target(door, "by hand", quantity, 1.02)
+        for door in DOORS
+        for quantity in ("time", "memory", "flops", "bytes")
+    ),
+    *(Target(door, "by hand", "compile", 1.05) for door in DOORS),
+    *(Target(door, "optax.contrib.sam, opaque", "time", 1.0) for door in DOORS),
+    *(
+        Target(name, "sam, door 1", "time", 1.05, CONVOLUTIONAL)
+        for name in FEWEST_PASSES
+    ),
+    Target("look_sam, k = 5", "plain SGD", "time", 1.30),
+    Target("rst, p = 0.5", "plain SGD", "time", 1.60),
+    Target("sam, a quarter ascends", "plain SGD", "time", 1.35),
+    Target("random_sam", "plain SGD", "time", 1.50),
+    Target("report unused", "sam, door 1", "flops", 1.0),
+    Target("report unused", "sam, door 1", "bytes", 1.0),
+    Target("report used", "sam, door 1", "time", 1.01, CONVOLUTIONAL),
+    Target("fsam", "fsam, no guard", "time", 1.01, CONVOLUTIONAL),
+    Target("fsam", "fsam, no guard", "time", 1.08, ("mlp",)),
+]
+
+
+# --- The steps: (params, state, x, y) -> (params, state, loss).
+
+
+class Step(NamedTuple):
+    run: Callable[..., Any]
+    init: Callable[[Any], Any]
+
+
+def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
+    base = optax.sgd(LEARNING_RATE)
+
+    def descend(params, state, d):
+        updates, state = base.update(d, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def plain(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        return *descend(params, state, g), loss
+
+    def by_hand(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        norm = optax.tree.norm(g)
+        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
+        return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
+
+    def gsam_by_hand(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        length = optax.tree.norm(g)
+        u = jax.tree.map(lambda g: g / length, g)
+        point = jax.tree.map(lambda w, u: w + RHO * u, params, u)
+        ga = jax.grad(loss_fn)(point, x, y)
+        robust_length = optax.tree.norm(ga)
+        ua = jax.tree.map(lambda g: g / robust_length, ga)
+        cosine = optax.tree.vdot(u, ua)
+        d = jax.tree.map(
+            lambda ga, u, ua: ga - ALPHA * length * (u - cosine * ua), ga, u, ua
+        )
+        return *descend(params, state, d), loss
+
+    return {
+        "plain SGD": Step(plain, base.init),
+        "by hand": Step(by_hand, base.init),
+        "sam, door 1": _through_door1(loss_fn, base, sam_optax.sam(RHO)),
+        "sam, door 2": _through_door2(loss_fn, base, sam_optax.sam(RHO)),
+        **_contrib_steps(loss_fn, base),
+        "gsam by hand": Step(gsam_by_hand, base.init),
+        **_method_steps(loss_fn, base),
+    }
+
+
+def _through_door1(
+    loss_fn: Callable[..., Any],
+    base: Any,
+    sam: Any,
+    ascend: bool | None = None,
+    read: Callable[[Any], Any] = lambda gradients: (),
+    **options: Any,
+) -> Step:
+    tx = optax.chain(sam, base)
+    loss_and_grads = sam_optax.sam_value_and_grad(loss_fn, sam, **options)
+
+    def step(params, state, x, y):
+        loss, grads = loss_and_grads(params, x, y, opt_state=state, ascend=ascend)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, (loss, read(grads))
+
+    return Step(step, tx.init)
+
+
+def _through_door2(loss_fn: Callable[..., Any], base: Any, sam: Any) -> Step:
+    tx = optax.chain(sam, base)
+
+    def step(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        grad_fn = jax.grad(lambda w: loss_fn(w, x, y))
+        updates, state = tx.update(g, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state, loss
+
+    return Step(step, tx.init)
+
+
+def _contrib_steps(loss_fn: Callable[..., Any], base: Any) -> dict[str, Step]:
+    def contrib(opaque_mode):
+        ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+        return optax.contrib.sam(base, ascent, opaque_mode=opaque_mode)
+
+    def opaque(params, state, x, y):
+        def grad_fn(w, _):
+            return jax.grad(loss_fn)(w, x, y)
+
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = contrib(True).update(g, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state, loss
+
+    def transparent(params, state, x, y):
+        losses = []
+        for _ in range(2):
+            loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+            updates, state = contrib(False).update(g, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(loss)
+        return params, state, losses[0]
+
+    return {
+        "optax.contrib.sam, opaque": Step(opaque, contrib(True).init),
+        "optax.contrib.sam, transparent": Step(transparent, contrib(False).init),
+    }
+
+
+def _method_steps(loss_fn: Callable[..., Any], base: Any) -> dict[str, Step]:
+    door1 = functools.partial(_through_door1, loss_fn, base)
+    look_sam = sam_optax.look_sam(RHO, k=5)
+    rst = sam_optax.rst(RHO, probability=0.5)
+    unguarded = sam_optax.sharpness_aware(sam_optax.fsam_ascent(RHO), guard=False)
+    quarter = {"data": sam_optax.sub_batch(0.25), "batch_argnums": (1, 2)}
+    return {
+        "asam": door1(sam_optax.asam(RHO)),
+        "fsam": door1(sam_optax.fsam(RHO)),
+        "gsam": door1(sam_optax.gsam(RHO, alpha=ALPHA)),
+        "stable_sam": door1(sam_optax.stable_sam(RHO)),
+        "vasso": door1(sam_optax.vasso(RHO)),
+        "look_sam, ascends": door1(look_sam, ascend=True),
+        "look_sam, does not": door1(look_sam, ascend=False),
+        "rst, ascends": door1(rst, ascend=True),
+        "rst, does not": door1(rst, ascend=False),
+        "sam, a quarter ascends": door1(sam_optax.sam(RHO), **quarter),
+        "random_sam": door1(sam_optax.random_sam(RHO)),
+        "report unused": door1(sam_optax.sam(RHO), report=True),
+        "report used": door1(
+            sam_optax.sam(RHO), read=operator.attrgetter("report"), report=True
+        ),
+        "fsam, no guard": door1(unguarded),
+    }
+
+
+# --- The measurement.
+
+
+class Case(NamedTuple):
+    """One model at one size."""
+
+    model: str
+    width: int
+    batch: int
+
+
+class Costs(NamedTuple):
+    """What one step costs; times, one per round."""
+
+    time: list[float]
+    flops: float
+    bytes: float
+    memory: float
+    compile: float
+
+
+def measure_case(
+    case: Case,
+    pairs: Sequence[tuple[str, str]],
+    dtype: Any,
+    rounds: int,
+    compiles: int,
+    progress: Progress,
+) -> "Result":
+    """Compares the pairs of steps on one model."""
+    model = MODELS[case.model]
+    params = model.init(jax.random.key(0), case.width)
+    size = sum(w.size for w in jax.tree.leaves(params))
+    batch = make_batch(model, case.batch)
+    wanted = {
+        part for pair in pairs for name in pair for part in MEANS.get(name, [name])
+    }
+    steps = {
+        name: step
+        for name, step in make_steps(make_loss(model.predict, dtype)).items()
+        if name in wanted
+    }
+    label = f"{case.model} {case.width}, batch {case.batch}"
+    task = progress.add_task(label, total=len(steps) * compiles + rounds)
+    advance = functools.partial(progress.advance, task)
+    programs = _compile(steps, params, batch, compiles, advance)
+    times = _time(programs, params, batch, rounds, advance)
+    costs = {
+        name: Costs(
+            times[name],
+            program.flops,
+            program.bytes_accessed,
+            program.temporary_bytes,
+            program.compile_seconds,
+        )
+        for name, program in programs.items()
+    }
+    costs |= {
+        name: _mean(costs, of) for name, of in MEANS.items() if set(of) <= set(costs)
+    }
+    return Result(case, size, costs, [compare(costs, *pair) for pair in pairs])
+
+
+def _compile(
+    steps: dict[str, Step],
+    params: Any,
+    batch: tuple[jax.Array, ...],
+    compiles: int,
+    advance: Callable[[], None],
+) -> dict[str, Program]:
+    """Each step compiled several times, in turn; the fastest time counts."""
+    # Traced once before: the first to be traced pays for functions that all call.
+    for run, init in steps.values():
+        jax.eval_shape(run, params, init(params), *batch)
+    programs: dict[str, Program] = {}
+    for _, (name, (run, init)) in itertools.product(range(compiles), steps.items()):
+        # Copied, because a state may begin with the parameters themselves.
+        state = jax.tree.map(jnp.copy, init(params))
+        program = compile_program(run, params, state, *batch, donate=(0, 1))
+        before = programs.get(name, program).compile_seconds
+        programs[name] = program._replace(
+            compile_seconds=min(before, program.compile_seconds)
+        )
+        advance()
+    return programs
+
+
+def _time(
+    programs: dict[str, Program],
+    params: Any,
+    batch: tuple[jax.Array, ...],
+    rounds: int,
+    advance: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Seconds of each round. One copy of the parameters goes through all steps."""
+    states = {name: program.arguments[1] for name, program in programs.items()}
+
+    def call(name):
+        nonlocal params
+        params, states[name], loss = programs[name].run(params, states[name], *batch)
+        return params, states[name], loss
+
+    calls = {name: functools.partial(call, name) for name in programs}
+    times = time_in_turn(calls, rounds, advance)
+    if not jnp.isfinite(optax.tree.norm(params)):
+        raise FloatingPointError("Training diverged: these times mean nothing.")
+    return times
+
+
+def _mean(costs: dict[str, Costs], weights: dict[str, float]) -> Costs:
+    def mean(values):
+        return sum(w * v for w, v in zip(weights.values(), values, strict=True))
+
+    parts = [costs[name] for name in weights]
+    return Costs(
+        [mean(times) for times in zip(*[part.time for part in parts], strict=True)],
+        mean([part.flops for part in parts]),
+        mean([part.bytes for part in parts]),
+        max(part.memory for part in parts),
+        sum(part.compile for part in parts),
+    )
+
+
+class Comparison(NamedTuple):
+    """The costs of one step over those of another."""
+
+    name: str
+    over: str
+    time: Spread
+    flops: float
+    bytes: float
+    memory: float
+    compile: float
+
+    def of(self, quantity: str) -> float:
+        value = getattr(self, quantity)
+        return value.median if quantity == "time" else value
+
+
+def compare(costs: dict[str, Costs], name: str, over: str) -> Comparison:
+    a, b = costs[name], costs[over]
+    return Comparison(
+        name,
+        over,
+        ratios(a.time, b.time),
+        a.flops / b.flops,
+        a.bytes / b.bytes,
+        a.memory / max(b.memory, 1),
+        a.compile / b.compile,
+    )
+
+
+class Result(NamedTuple):
+    case: Case
+    parameters: int
+    costs: dict[str, Costs]
+    comparisons: list[Comparison]
+
+    def passes(self) -> dict[str, float]:
+        """Passes over the (float32) parameters beyond those of SAM, as compiled."""
+        if "sam, door 1" not in self.costs:
+            return {}
+        sam = self.costs["sam, door 1"].bytes
+        return {
+            name: (self.costs[name].bytes - sam) / (4 * self.parameters)
+            for name in FEWEST_PASSES
+            if name in self.costs
+        }
+
+
+# --- What is shown of it.
+
+
+def comparison_table(result: Result) -> Table:
+    case = result.case
+    table = Table(
+        title=f"{case.model}: width {case.width}, batch {case.batch}, "
+        f"{result.parameters:,} parameters"
+    )
+    for column in ("step", "over", "time", "flops", "bytes", "memory", "compile"):
+        is_number = column not in ("step", "over")
+        table.add_column(column, justify="right" if is_number else "left")
+    for row in result.comparisons:
+        numbers = [row.flops, row.bytes, row.memory, row.compile]
+        table.add_row(row.name, row.over, str(row.time), *(f"{x:.3f}" for x in numbers))
+    return table
+
+
+def passes_table(result: Result) -> Table:
+    table = Table(title="passes over the parameters beyond those of SAM")
+    for column in ("method", "fewest", "compiled"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, passes in result.passes().items():
+        table.add_row(name, str(FEWEST_PASSES[name]), f"{passes:.1f}")
+    return table
+
+
+def judge(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Each target at each case it is meant for."""
+    verdicts = []
+    for target, result in itertools.product(TARGETS, results):
+        for row in result.comparisons:
+            is_meant = (row.name, row.over) == (target.name, target.over)
+            if not is_meant or result.case.model not in target.models:
+                continue
+            measured = row.of(target.quantity)
+            verdicts.append(
+                {
+                    "case": result.case._asdict(),
+                    "step": target.name,
+                    "over": target.over,
+                    "quantity": target.quantity,
+                    "target": target.at_most,
+                    "measured": measured,
+                    "met": round(measured, 3) <= target.at_most,
+                }
+            )
+    return verdicts
+
+
+def target_table(verdicts: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="targets")
+    for column in ("case", "what", "target", "measured", "met?"):
+        is_number = column in ("target", "measured")
+        table.add_column(column, justify="right" if is_number else "left")
+    for verdict in verdicts:
+        table.add_row(
+            " ".join(map(str, verdict["case"].values())),
+            f"{verdict['quantity']} of {verdict['step']} over {verdict['over']}",
+            f"{verdict['target']:.2f}",
+            f"{verdict['measured']:.3f}",
+            "yes" if verdict["met"] else "no",
+        )
+    return table
+
+
+def plot(results: Sequence[Result], path: pathlib.Path) -> None:
+    """Each ratio of times with its spread, and its target where there is one."""
+    labels = [f"{row.name} / {row.over}" for row in results[0].comparisons]
+    at_most = {
+        (target.name, target.over, model): target.at_most
+        for target in TARGETS
+        if target.quantity == "time"
+        for model in target.models
+    }
+    figure = Figure(figsize=(4 + 3 * len(results), 6), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for panel, result in zip(panels, results, strict=True):
+        for y, row in enumerate(result.comparisons):
+            low, middle, high = row.time
+            panel.errorbar(
+                middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0"
+            )
+            target = at_most.get((row.name, row.over, result.case.model))
+            if target is not None:
+                panel.plot(target, y, marker="|", markersize=14, color="C3")
+        panel.axvline(1, color="gray", linewidth=0.5)
+        panel.set_xlabel("time over time")
+        panel.set_title(" ".join(map(str, result.case)))
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].invert_yaxis()
+    figure.suptitle("median ratio of one round, the range of half of them; red: target")
+    figure.savefig(path)
+
+
+def as_json(
+    results: Sequence[Result], verdicts: Sequence[dict[str, Any]], options: Any
+) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}, {device.device_kind}",
+        "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        "options": {
+            key: str(value) if isinstance(value, pathlib.Path) else value
+            for key, value in vars(options).items()
+        },
+        "results": [
+            {
+                **result.case._asdict(),
+                "parameters": result.parameters,
+                "steps": {
+                    name: costs._replace(time=statistics.median(costs.time))._asdict()
+                    for name, costs in result.costs.items()
+                },
+                "comparisons": [
+                    row._replace(time=row.time._asdict())._asdict()
+                    for row in result.comparisons
+                ],
+                "passes": result.passes(),
+            }
+            for result in results
+        ],
+        "targets": list(verdicts),
+    }
+
+
+# --- PyTorch.
+
+
+def torch_seconds(
+    widths: Sequence[int], batch: int, rounds: int
+) -> tuple[float, float]:
+    """Median seconds of a plain and of a two-step SAM step of a perceptron."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SystemExit(
+            "--torch compares with PyTorch, which is not installed: pip install torch"
+        ) from None
+    layers = [
+        layer
+        for pair in itertools.pairwise(widths)
+        for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())
+    ][:-1]
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    x, y = torch.randn(batch, widths[0]), torch.randint(widths[-1], (batch,))
+
+    def backward():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+
+    def plain():
+        backward()
+        optimizer.step()
+
+    def sam():
+        backward()
+        with torch.no_grad():
+            weights = list(model.parameters())
+            before = [w.clone() for w in weights]
+            norm = torch.stack([w.grad.norm() for w in weights]).norm()
+            for w in weights:
+                w.add_(w.grad, alpha=RHO / float(norm))
+        backward()
+        with torch.no_grad():
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)
+        optimizer.step()
+
+    times = time_in_turn({"plain": plain, "sam": sam}, rounds)
+    return statistics.median(times["plain"]), statistics.median(times["sam"])
+
+
+# --- The command.
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    small = ["mlp", "resnet", "transformer"]
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        help=f"(default: {' '.join(small)}, of which --quick leaves out the last)",
+    )
+    parser.add_argument(
+        "--width", type=int, nargs="+", help="of the layers (default: the model's own)"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="examples (default: the model's own)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=sorted({name for name, _ in COMPARISONS}),
+        metavar="STEP",
+        help="compare these alone (default: all)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the computation; parameters are float32 (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=40, help="(default: %(default)s)")
+    parser.add_argument(
+        "--compiles",
+        type=int,
+        default=3,
+        help="of which the fastest counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small models, few rounds: under two minutes, and coarse",
+    )
+    parser.add_argument(
+        "--torch", action="store_true", help="also a perceptron in PyTorch, on the CPU"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("results"),
+        help="directory of speed.json and speed.png (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    args.models = args.models or small[: 2 if args.quick else 3]
+    if args.quick:
+        args.rounds, args.compiles = min(args.rounds, 10), 1
+    if args.rounds < 2 or args.compiles < 1:
+        parser.error("at least two rounds and one compilation are needed.")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = Console(width=120)
+    if args.torch:
+        widths = [256, MODELS["mlp"].width, MODELS["mlp"].width, 10]
+        plain, sam = torch_seconds(widths, MODELS["mlp"].batch, args.rounds)
+        console.print(f"PyTorch: SAM over plain {sam / plain:.3f}, {sam:.4f} s a step")
+
+    dtype = jnp.dtype(args.dtype)
+    pairs = [pair for pair in COMPARISONS if not args.only or pair[0] in args.only]
+    results = []
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for name in args.models:
+            model = MODELS[name]
+            own = model.width // 2 if args.quick else model.width
+            widths, batches = args.width or [own], args.batch or [model.batch]
+            for case in itertools.starmap(
+                Case, itertools.product([name], widths, batches)
+            ):
+                results.append(
+                    measure_case(
+                        case, pairs, dtype, args.rounds, args.compiles, progress
+                    )
+                )
+
+    console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {dtype}")
+    for result in results:
+        console.print(comparison_table(result))
+        if result.case.model == "mlp" and result.passes():
+            console.print(passes_table(result))
+    verdicts = judge(results)
+    console.print(target_table(verdicts))
+    args.output.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(as_json(results, verdicts, args), indent=1)
+    (args.output / "speed.json").write_text(content + "\n", encoding="utf-8")
+    plot(results, args.output / "speed.png")
+    console.print(
+        f"Wrote {args.output / 'speed.json'} and {args.output / 'speed.png'}."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
