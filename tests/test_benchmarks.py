@@ -121,3 +121,36 @@ def test_the_passes_of_a_method_over_those_of_sam(compiled, name):
     programs, size = compiled
     extra = programs[name].bytes_accessed - programs["sam, door 1"].bytes_accessed
     assert extra <= (PASSES[name] + 0.2) * size
+
+
+@pytest.fixture(scope="module")
+def quality():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH)
+        yield importlib.import_module("quality")
+
+
+def test_quality_counts_gradients_and_compares_with_sam(quality, tmp_path, capsys):
+    tiny = ["--lengths", "1", "2", "--seeds", "2", "--methods", "sgd", "ae_sam"]
+    assert quality.main([*tiny, "--output", str(tmp_path)]) == 0
+    assert "of SAM's cost" in capsys.readouterr().out
+    content = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    gradients = {(p["method"], p["epochs"]): p["gradients"] for p in content["points"]}
+    steps = 15  # of an epoch
+    assert gradients["sam", 2] == 2 * 2 * steps
+    assert gradients["sgd", 2] == 2 * steps
+    assert 2 * steps < gradients["ae_sam", 2] < 2 * 2 * steps
+    assert content["goal"]["epochs"] == 2
+    assert imread(tmp_path / "quality.png").std() > 0.05
+
+
+def test_the_pareto_front_and_what_comes_as_far(quality):
+    point = quality.Point
+    cheap = point("a", 1, 10.0, [80.0, 82.0])
+    worse = point("b", 1, 12.0, [70.0, 72.0])
+    best = point("c", 1, 20.0, [90.0, 92.0])
+    assert quality.pareto_front([best, worse, cheap]) == [cheap, best]
+    assert quality.comes_as_far(best, cheap)
+    assert not quality.comes_as_far(cheap, best)
+    # One point below on average, and within a standard error of the difference.
+    assert quality.comes_as_far(point("d", 1, 1.0, [92.0, 88.0]), best)
