@@ -210,6 +210,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=digits.percentage, default=0, help="%% of wrong training labels"
     )
+    parser.add_argument("--hidden", type=digits.count, nargs="+", default=[256, 256])
     parser.add_argument("--output", type=pathlib.Path, default="results")
     parser.add_argument("--quick", action="store_true", help="one seed, 20 epochs")
     if parser.parse_args(argv).quick:

@@ -206,6 +206,8 @@ def training(
                 shown = always | np.asarray(arrays["ascended"], bool)
                 steps, values = arrays["step"][shown], arrays[field][shown]
                 ax.plot(steps, values, style, color=f"C{i}", label=text or None)
+        if title.startswith("norm"):  # or rounding would look like a change
+            ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 0) or 1)
         ax.set_title(title)
         ax.set_xlabel("step")
         _legend(ax)

@@ -445,7 +445,7 @@ def test_a_bad_gradient_outside_the_mask_is_seen(row):
     w = problem.params()
     mask = jax.tree.map(lambda _: True, w)
     mask["b"]["c"] = False
-    sam = row(mask=mask)
+    sam = row(mask=mask, guard=True)
     g = grad_fn(w)
     g["b"]["c"] = g["b"]["c"].at[1].set(jnp.nan)
     d, _ = sam.update(g, sam.init(w), w, grad_fn=grad_fn, ascend=True)

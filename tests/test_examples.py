@@ -422,6 +422,7 @@ def test_the_sharpness_example_measures_and_draws_what_it_says(
     monkeypatch.setitem(sys.modules, "digits", digits)
     script = load("sharpness")
     tiny = ["--methods", "sgd", "sam", "--epochs", "5", "--seeds", "2"]
+    tiny += ["--hidden", "16"]
     monkeypatch.setattr(script, "SLICE", 5)
     monkeypatch.setattr(script, "PLANE", 3)
     assert script.main([*tiny, "--output", str(tmp_path)]) == 0

@@ -127,6 +127,7 @@ def test_training_shows_every_field_and_leaves_out_skipped_steps():
         assert list(ax.get_lines()[1].get_xdata()) == [0, 2]
         assert list(ax.get_lines()[1].get_ydata()) == [0, 2]
     assert plot.training(recorder())[0].get_legend() is None
+    assert [ax.get_ylim()[0] == 0 for ax in axes] == [False] * 3 + [True, False, True]
 
 
 @pytest.mark.parametrize(
