@@ -20,7 +20,7 @@ import training
 from lab import assert_trees_close, assert_trees_equal
 
 SCRIPTS = ["learning_rates", "two_minima", "mnist_1000", "norms", "one_example"]
-SCRIPTS += ["friendly"]
+SCRIPTS += ["friendly", "m_sharpness", "gsam"]
 
 
 def write_like_mnist(directory):
@@ -111,6 +111,25 @@ def test_each_method_chooses_by_validation_and_is_tested_on_new_seeds(report):
             assert run["gap"] == pytest.approx(run["loss"] - run["train_loss"])
             assert run["gradients"] == 200
             assert len(run["curve"]["loss"]) == len(run["curve"]["gradients"])
+
+
+def test_the_whole_batch_is_m_sharpness_of_one_group(report):
+    runs = report("m_sharpness")["runs"]
+    assert {(run["m"], run["noise"]) for run in runs} == {
+        (m, noise) for m in (64, 16) for noise in (0, 40)
+    }
+    whole, parts = (of(runs, m=m, noise=0, seed=0)[0] for m in (64, 16))
+    assert whole["validation_percent"] != parts["validation_percent"]
+
+
+def test_gsam_is_measured_by_its_gap_and_its_eigenvalue(report):
+    runs = report("gsam")["runs"]
+    assert {run["method"] for run in runs} == {"gsam", "sam_plus_gap"}
+    for run in runs:
+        assert run["estimate"] == pytest.approx(2 * run["gap"] / run["rho"] ** 2)
+        assert run["worst_estimate"] > 0.999 * run["estimate"]
+        assert run["eigenvalue"] > 0
+        assert all(-1 <= cosine <= 1 for cosine in run["cosine"])
 
 
 def test_norms_are_of_one_geometry(report):

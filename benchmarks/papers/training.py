@@ -19,6 +19,7 @@ def make_step(
     base: optax.GradientTransformation,
     *,
     batch_argnums: tuple[int, ...] | None = None,
+    m: int | None = None,
     **hyperparameters: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A step of a method of `sam_optax.METHODS`, or of `base` alone.
@@ -36,7 +37,7 @@ def make_step(
         ascend = {}
     tx = optax.chain(sam, base)
     loss_and_grads = sam_optax.sam_value_and_grad(
-        loss_fn, sam, batch_argnums=batch_argnums, report=True
+        loss_fn, sam, batch_argnums=batch_argnums, m=m, report=True
     )
 
     def step(params, opt_state, *batch, **arguments):
@@ -93,6 +94,7 @@ def make_trainer(
     make_base: Callable[[jax.Array], optax.GradientTransformation],
     batch_size: int,
     arguments: Callable[..., dict[str, Any]] | None = None,
+    m: int | None = None,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
@@ -103,6 +105,7 @@ def make_trainer(
       batch_size: examples per step; an incomplete batch is dropped.
       arguments: (loss_fn, params, key, index, x, y) -> further arguments of the step,
         where index says which examples of x and y are in the batch.
+      m: examples that share a perturbation; None for the whole batch.
     """
 
     def loss_fn(params, x, y):
@@ -112,7 +115,8 @@ def make_trainer(
     def build(hyper):
         method_hyper = {k: v for k, v in hyper.items() if k != "learning_rate"}
         base = make_base(hyper["learning_rate"])
-        return make_step(loss_fn, method, base, batch_argnums=(1, 2), **method_hyper)
+        examples = {"batch_argnums": (1, 2), "m": m}
+        return make_step(loss_fn, method, base, **examples, **method_hyper)
 
     def init(hyper, key, x):  # not jitted, so that its parts are compiled but once
         params = model.init(key, x[:1])
