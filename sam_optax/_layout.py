@@ -62,11 +62,6 @@ def split(x: Any, count: int, *, together: bool) -> jax.Array:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """The whole of it on every device."""
-    return x if first_axes(x) is None else _spread(x, None)
-
-
-def replicate_all(x: jax.Array) -> jax.Array:
     """The whole of it on every device, whichever of its axes is spread."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is None or not any(sharding.spec):

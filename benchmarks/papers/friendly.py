@@ -30,7 +30,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +44,7 @@ from evidence import (
     progress,
 )
 from loaders import load_digits, split
-from training import MLP, PLAIN, make_trainer
+from training import MLP, PLAIN, decayed_sgd, make_trainer
 
 NAME = "friendly"
 PARTS = ["parts", "radius", "batch", "noise"]
@@ -121,11 +120,7 @@ def make_data(seed: int, noise: float):
 
 @functools.cache
 def trainer_of(variant: str, batch_size: int, epochs: int):
-    def make_base(learning_rate):
-        steps = epochs * (TRAIN // batch_size)
-        schedule = optax.cosine_decay_schedule(learning_rate, steps)
-        decay = optax.add_decayed_weights(5e-4)
-        return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+    make_base = decayed_sgd(epochs * (TRAIN // batch_size))
 
     method, arguments = VARIANTS[variant]
     model = MLP((256, 256, 10))

@@ -34,7 +34,7 @@ from evidence import (
 )
 from friendly import BATCH_SIZE, RATE, TRAIN, make_data
 from sam_optax import sharpness
-from training import MLP, make_trainer
+from training import MLP, decayed_sgd, make_trainer
 
 NAME = "gsam"
 RHOS = [0.1, 0.2, 0.4]
@@ -51,11 +51,7 @@ def loss_fn(params, x, y):
 
 @functools.cache
 def trainer_of(method: str, epochs: int):
-    def make_base(learning_rate):
-        steps = epochs * (TRAIN // BATCH_SIZE)
-        schedule = optax.cosine_decay_schedule(learning_rate, steps)
-        decay = optax.add_decayed_weights(5e-4)
-        return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+    make_base = decayed_sgd(epochs * (TRAIN // BATCH_SIZE))
 
     return make_trainer(MODEL, method, make_base, BATCH_SIZE)
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -28,7 +27,7 @@ from evidence import (
     progress,
 )
 from friendly import BATCH_SIZE, RATE, TRAIN, make_data
-from training import MLP, make_trainer
+from training import MLP, decayed_sgd, make_trainer
 
 NAME = "m_sharpness"
 MS = [64, 16, 8, 4, 2]
@@ -38,11 +37,7 @@ NOISES = [0, 40]
 
 @functools.cache
 def trainer_of(m: int, epochs: int):
-    def make_base(learning_rate):
-        steps = epochs * (TRAIN // BATCH_SIZE)
-        schedule = optax.cosine_decay_schedule(learning_rate, steps)
-        decay = optax.add_decayed_weights(5e-4)
-        return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+    make_base = decayed_sgd(epochs * (TRAIN // BATCH_SIZE))
 
     return make_trainer(MLP((256, 256, 10)), "sam", make_base, BATCH_SIZE, m=m)
 

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from evidence import Parser, carry_out, describe, make_table, progress
 from loaders import load_digits, split
-from training import MLP, make_trainer
+from training import MLP, decayed_sgd, make_trainer
 
 NAME = "norms"
 RHOS = [0.01, 0.05, 0.2]
@@ -38,13 +37,8 @@ TITLES = {
 def run_all(args, console: Console) -> list[dict]:
     steps = args.epochs * (TRAIN // BATCH_SIZE)
 
-    def make_base(learning_rate):
-        schedule = optax.cosine_decay_schedule(learning_rate, steps)
-        return optax.chain(
-            optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9)
-        )
-
-    trainer = make_trainer(MLP((256, 256, 10)), "sam", make_base, BATCH_SIZE)
+    model = MLP((256, 256, 10))
+    trainer = make_trainer(model, "sam", decayed_sgd(steps), BATCH_SIZE)
     runs = []
     with progress(console, len(RHOS) * args.seeds) as advance:
         for rho in RHOS:

@@ -55,6 +55,17 @@ def gradients_per_step(method: str) -> int:
     return 1 if method == PLAIN else int(sam_optax.METHODS[method].gradients)
 
 
+def decayed_sgd(steps: int) -> Callable[[Any], optax.GradientTransformation]:
+    """Learning rate -> SGD with momentum 0.9, weight decay 5e-4 and a cosine decay."""
+
+    def make_base(learning_rate):
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+        decay = optax.add_decayed_weights(5e-4)
+        return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+
+    return make_base
+
+
 class MLP(nn.Module):
     """A multilayer perceptron with ReLUs; the last width is the number of classes."""
 

@@ -408,7 +408,7 @@ def _surrogate_gap(loss_fn, params, data, rho, *, norm, adaptive, m, batch_size)
 
 @functools.partial(
     jax.jit,
-    static_argnames=(*("steps", "restarts", "norm", "adaptive", "m", "batch_size"),),
+    static_argnames=("steps", "restarts", "norm", "adaptive", "m", "batch_size"),
 )
 def _worst_case(
     loss_fn,

@@ -144,7 +144,9 @@ def stream(batches: Sequence[Any]) -> Stream:
 
     Returns:
       What every measure of this module takes as `data`. Each batch is fetched when it
-      is needed and dropped thereafter: the device holds one at a time.
+      is needed and dropped thereafter: the device holds one at a time. A measure raises
+      the error of a batch that could not be read; inside of a jitted function of your
+      own, where it cannot, that batch is NaN (integers are 0).
 
     Raises:
       TypeError: if batches is no sequence, such as an iterator that can be read once.

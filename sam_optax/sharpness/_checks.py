@@ -25,7 +25,7 @@ def check_params(params: Any, name: str = "params") -> Any:
             )
     if not _tree.size(params):
         raise ValueError(f"{name} holds no numbers.")
-    finite = _is_finite(params)
+    finite = _all_finite(params)
     if not isinstance(finite, Tracer) and not finite:
         bad = [jax.tree_util.keystr(p) for p, x in leaves if not jnp.isfinite(x).all()]
         raise ValueError(
@@ -34,11 +34,7 @@ def check_params(params: Any, name: str = "params") -> Any:
     return _tree.at_least_float32(jax.tree.map(jnp.asarray, params))
 
 
-@jax.jit
-def _is_finite(params: Any) -> jax.Array:
-    return jnp.all(
-        jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])
-    )
+_all_finite = jax.jit(_tree.all_finite)
 
 
 def check_same_outline(name: str, tree: Any, params: Any) -> None:

@@ -283,7 +283,7 @@ def _flat(matrix: Matrix) -> _Flat:
 
     def ravel(tree):
         parts = [
-            layout.replicate_all(x).ravel().astype(dtype) for x in jax.tree.leaves(tree)
+            layout.replicate(x).ravel().astype(dtype) for x in jax.tree.leaves(tree)
         ]
         return jnp.concatenate(parts)
 
