@@ -693,7 +693,7 @@ MUTANTS = {
         first="brute_force or surrogate_gap",
     ),
     "sharpness: biased deviation": Mutant(
-        "sharpness/_ball.py", "values.std(ddof=1) / jnp.sqrt(count)", "values.std()"
+        "sharpness/_estimate.py", "values.std(ddof=1) / jnp.sqrt(count)", "values.std()"
     ),
     "sharpness: last batch counts as a whole one": Mutant(
         "sharpness/_batches.py",

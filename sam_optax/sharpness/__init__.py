@@ -4,7 +4,6 @@ They know nothing of the methods that train, and hold for any differentiable los
 measure is one compiled program that visits the data a batch at a time.
 """
 
-from sam_optax.sharpness._ball import Estimate as Estimate
 from sam_optax.sharpness._ball import Sharpness as Sharpness
 from sam_optax.sharpness._ball import average_case as average_case
 from sam_optax.sharpness._ball import eigenvalue_from_gap as eigenvalue_from_gap
@@ -12,6 +11,7 @@ from sam_optax.sharpness._ball import surrogate_gap as surrogate_gap
 from sam_optax.sharpness._ball import worst_case as worst_case
 from sam_optax.sharpness._batches import Stream as Stream
 from sam_optax.sharpness._batches import stream as stream
+from sam_optax.sharpness._estimate import Estimate as Estimate
 from sam_optax.sharpness._landscape import Line as Line
 from sam_optax.sharpness._landscape import Surface as Surface
 from sam_optax.sharpness._landscape import along_line as along_line

@@ -14,6 +14,11 @@ from sam_optax._hyperparameters import check_number, check_positive_integer
 from sam_optax._random import Key, typed_key
 from sam_optax.sharpness._batches import check_data, finish, mean_over_groups
 from sam_optax.sharpness._checks import check_params
+from sam_optax.sharpness._estimate import (
+    Estimate,
+    check_at_least_two,
+    estimate_over_keys,
+)
 from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
 
 Norm = Literal["l2", "linf"]
@@ -34,19 +39,6 @@ class Sharpness(NamedTuple):
     perturbed_loss: jax.Array  # shape=(), at least float32
     sharpness: jax.Array  # shape=(), at least float32
     perturbation: Any = None
-
-
-class Estimate(NamedTuple):
-    """A mean of random samples.
-
-    Attributes:
-      mean: of the samples.
-      standard_error: of the mean: the samples' standard deviation over the root of
-        their number. Two of them either way hold the truth with some 95 %.
-    """
-
-    mean: jax.Array  # shape=(), at least float32
-    standard_error: jax.Array  # shape=(), at least float32
 
 
 class _Ball(NamedTuple):
@@ -362,12 +354,6 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
     return 2 * gap / rho**2
 
 
-def check_at_least_two(name: str, count: Any) -> None:
-    check_positive_integer(name, count)
-    if count < 2:
-        raise ValueError(f"{name} must be at least 2, for a standard error; got 1.")
-
-
 def _check_radius(rho: Any) -> None:
     if callable(rho):
         raise TypeError("rho must be a number: a measure has no step for a schedule.")
@@ -486,11 +472,3 @@ def _average_case(loss_fn, params, data, rho, key, *, samples, adaptive, batch_s
         return mean_loss(loss_fn, point, data, batch_size) - loss
 
     return estimate_over_keys(rise, key, samples)
-
-
-def estimate_over_keys(
-    sample: Callable[[jax.Array], jax.Array], key: jax.Array, count: int
-) -> Estimate:
-    """Mean and standard error of sample(key), drawn one after another."""
-    values = jax.lax.map(sample, jax.random.split(key, count))
-    return Estimate(values.mean(), values.std(ddof=1) / jnp.sqrt(count))

@@ -13,8 +13,12 @@ from sam_optax import _layout as layout
 from sam_optax import _tree
 from sam_optax._hyperparameters import check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._ball import Estimate, check_at_least_two, estimate_over_keys
 from sam_optax.sharpness._batches import finish
+from sam_optax.sharpness._estimate import (
+    Estimate,
+    check_at_least_two,
+    estimate_over_keys,
+)
 from sam_optax.sharpness._matrices import Matrix
 
 Which = Literal["largest", "smallest"]

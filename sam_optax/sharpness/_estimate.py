@@ -1,0 +1,36 @@
+"""Means of random samples, with their standard errors."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sam_optax._hyperparameters import check_positive_integer
+
+
+class Estimate(NamedTuple):
+    """A mean of random samples.
+
+    Attributes:
+      mean: of the samples.
+      standard_error: of the mean: the samples' standard deviation over the root of
+        their number. Two of them either way hold the truth with some 95 %.
+    """
+
+    mean: jax.Array  # shape=(), at least float32
+    standard_error: jax.Array  # shape=(), at least float32
+
+
+def check_at_least_two(name: str, count: Any) -> None:
+    check_positive_integer(name, count)
+    if count < 2:
+        raise ValueError(f"{name} must be at least 2, for a standard error; got 1.")
+
+
+def estimate_over_keys(
+    sample: Callable[[jax.Array], jax.Array], key: jax.Array, count: int
+) -> Estimate:
+    """Mean and standard error of sample(key), drawn one after another."""
+    values = jax.lax.map(sample, jax.random.split(key, count))
+    return Estimate(values.mean(), values.std(ddof=1) / jnp.sqrt(count))
