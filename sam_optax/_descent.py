@@ -9,7 +9,6 @@ two gradients agree, and accurate where they nearly do.
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -81,11 +80,7 @@ def surrogate_gap(
     def part(alpha):
         def descend(ga, g, perturbation, params):
             kept = ga if minimize == "perturbed_loss" else g
-            overlap = _tree.projection(_tree.subtract(ga, g), kept)
-            # The barrier makes the compiler take the difference again, which is cheaper
-            # than to write it to memory for the second of its two uses.
-            ga, g = jax.lax.optimization_barrier((ga, g))
-            residual = _tree.subtract(_tree.subtract(ga, g), overlap)
+            residual = _tree.orthogonal_difference(ga, g, kept)
             return _tree.add_scaled(kept, alpha, residual)
 
         return _descent(descend)
