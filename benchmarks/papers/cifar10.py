@@ -18,15 +18,18 @@ epoch. Sharpness is measured on training images without augmentation, with runni
 statistics and in float32: the largest eigenvalue and the trace of the Hessian, and the
 surrogate gap for ρ = 0.1.
 
-On a GPU an epoch is one program. The JSON is written after every epoch; `--budget` ends
-a command before a training that would not fit, and `--resume` goes on, so that several
-commands make one table. For a data-centre GPU in parts of ten minutes, in the order of
-importance (JAX_COMPILATION_CACHE_DIR=DIRECTORY saves the later ones from compiling):
+On a GPU an epoch is one program. The JSON is written after every epoch. `--budget` ends
+a command between epochs, before a training that would not fit, and `--resume` goes on,
+so that several commands make one table, of one number of epochs. For ten minutes each
+on a data-centre GPU: first how many epochs fit (method after method, one takes about
+12 times that of SGD, and 10 times with both noises), then in the order of importance.
+With JAX_COMPILATION_CACHE_DIR in the environment, the later ones need not compile.
 
-    F="--data DIRECTORY --epochs 12 --dtype bfloat16 --budget 540 --resume"
-    python benchmarks/papers/cifar10.py $F --noise 0 --seeds 1
-    python benchmarks/papers/cifar10.py $F --noise 60 80 --seeds 1
-    python benchmarks/papers/cifar10.py $F --seeds 3
+    C="python benchmarks/papers/cifar10.py --data DIRECTORY --dtype bfloat16"
+    $C --budget 480 --output probe --epochs 3 --seeds 1 --noise 0 --methods SGD SAM
+    $C --budget 480 --resume --epochs 12 --seeds 1 --noise 0
+    $C --budget 480 --resume --epochs 12 --seeds 1 --noise 60 80
+    $C --budget 480 --resume --epochs 12 --seeds 3
 """
 
 import argparse
@@ -183,6 +186,45 @@ def make_trainer(
 ) -> Trainer:
     """Compiles a step (`program` "step"), or an epoch that scans over it ("epoch")."""
     steps = len(x) // batch
+    base = decayed_sgd(epochs * steps, method.weight_decay)(RATE)
+    init, step = make_augmented_step(model, method, base)
+
+    def draw(key):
+        """The batches of an epoch, and a key for each."""
+        order_key, key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(x))[: steps * batch]
+        return order.reshape(steps, batch), jax.random.split(key, steps)
+
+    def scan(state, key, x, y):
+        return jax.lax.scan(lambda s, i: step(s, *i, x, y), state, draw(key))
+
+    def loop(state, key, x, y):
+        seen = []
+        for index, step_key in zip(*draw(key), strict=True):
+            state, values = compiled(state, index, step_key, x, y)
+            seen.append(values)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *seen)
+
+    key = jax.random.key(0)
+    inputs = (key,) if program == "epoch" else (jnp.arange(batch), key)
+    function = scan if program == "epoch" else step
+    state = jax.eval_shape(init, key)
+    start = time.perf_counter()
+    compiled = jax.jit(function, donate_argnums=0).lower(state, *inputs, x, y).compile()
+    seconds = time.perf_counter() - start
+    run = compiled if program == "epoch" else loop
+
+    def epoch(state, key, x, y):
+        state, (losses, gradients) = run(state, key, x, y)
+        return state, losses.mean(), gradients.mean()
+
+    return Trainer(init, epoch, seconds, memory_of(compiled))
+
+
+def make_augmented_step(
+    model: ResNet, method: Method, base: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """init: key -> State; step: State, index, key, x, y -> State, (loss, gradients)."""
 
     def loss_fn(params, batch_stats, images, labels):
         logits, updated = model.apply(
@@ -194,7 +236,6 @@ def make_trainer(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), updated["batch_stats"]
 
-    base = decayed_sgd(epochs * steps, method.weight_decay)(RATE)
     init_optimizer, update = make_step(
         loss_fn, method.name, base, has_aux=True, **method.hyper
     )
@@ -211,38 +252,7 @@ def make_trainer(
         )
         return State(params, batch_stats, opt_state), (loss, 1 + report.ascended)
 
-    def scan(state, index, keys, x, y):
-        return jax.lax.scan(lambda s, i: step(s, *i, x, y), state, (index, keys))
-
-    def loop(compiled_step):
-        def run(state, index, keys, x, y):
-            seen = []
-            for i, key in zip(index, keys, strict=True):
-                state, values = compiled_step(state, i, key, x, y)
-                seen.append(values)
-            return state, jax.tree.map(lambda *values: jnp.stack(values), *seen)
-
-        return run
-
-    def draw(key):
-        order_key, key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(x))[: steps * batch]
-        return order.reshape(steps, batch), jax.random.split(key, steps)
-
-    index, keys = draw(jax.random.key(0))
-    function = scan if program == "epoch" else step
-    inputs = (index, keys) if program == "epoch" else (index[0], keys[0])
-    state = jax.eval_shape(init, jax.random.key(0))
-    start = time.perf_counter()
-    compiled = jax.jit(function, donate_argnums=0).lower(state, *inputs, x, y).compile()
-    seconds = time.perf_counter() - start
-    run = compiled if program == "epoch" else loop(compiled)
-
-    def epoch(state, key, x, y):
-        state, (losses, gradients) = run(state, *draw(key), x, y)
-        return state, losses.mean(), gradients.mean()
-
-    return Trainer(init, epoch, seconds, memory_of(compiled))
+    return init, step
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -554,7 +564,7 @@ def make_figure(runs: list[dict[str, Any]], args) -> Figure:
     """A row for each noise: accuracy along the training, and where it ends."""
     noises = noises_in(runs) or args.noise[:1]
     figure = Figure((11, 0.6 + 2.8 * len(noises)), layout="constrained")
-    panels = figure.subplots(len(noises), 3, squeeze=False)
+    panels = figure.subplots(len(noises), 3, sharey="row", squeeze=False)
     for row, noise in zip(panels, noises, strict=True):
         for name in names_in(runs):
             mine = choose(runs, method=name, noise_percent=noise)
@@ -564,9 +574,13 @@ def make_figure(runs: list[dict[str, Any]], args) -> Figure:
         for axes, label in zip(row, labels, strict=True):
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
-    handles = panels[0, 0].get_legend_handles_labels()
-    if handles[0]:
-        figure.legend(*handles, loc="outside right center")
+    shown = {
+        label: handle
+        for axes in panels[:, 0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if shown:
+        figure.legend(shown.values(), shown.keys(), loc="outside right center")
     return figure
 
 
@@ -582,7 +596,6 @@ def draw(row, name: str, runs: list[dict[str, Any]]) -> None:
     row[1].plot(seconds, accuracy, lw=1.2, **style)
     ends = column(runs, "eigenvalue"), column(runs, "test_percent")
     row[2].plot(*ends, "o", ms=4, **style)
-    row[2].set_xscale("log")
 
 
 # --- The command ----------------------------------------------------------------------
@@ -658,7 +671,8 @@ def make_parser() -> Parser:
         "--budget",
         type=positive_integer,
         metavar="SECONDS",
-        help="begin no epoch, and no training, that would end later (default: none)",
+        help="end between epochs, before a training that would last longer "
+        "(default: none)",
     )
     parser.add_argument(
         "--resume",
