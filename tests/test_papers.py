@@ -186,7 +186,7 @@ def test_noise_replaces_training_labels_only():
 def test_cifar10_measures_each_training(report):
     runs = report("cifar10")["runs"]
     found = [(run["noise_percent"], run["method"]) for run in runs]
-    assert found == [(0, "SGD"), (0, "SAM"), (60, "SGD"), (60, "SAM")]
+    assert found == [(60, "SGD"), (60, "SAM")]
     for run in runs:
         assert run["finished"]
         assert run["gradients"] == (2 if run["method"] == "SAM" else 1)
@@ -194,8 +194,6 @@ def test_cifar10_measures_each_training(report):
         assert run["images_per_second"] * run["seconds_per_epoch"] == pytest.approx(64)
         assert all(len(curve) == 2 for curve in run["curves"].values())
         assert run["test_percent"] == run["curves"]["test_percent"][-1]
-    clean, noisy = of(runs, method="SAM")
-    assert clean["train_loss"] != noisy["train_loss"]
 
 
 def cifar_settings(tmp_path, **settings):

@@ -624,9 +624,9 @@ def percentage(text: str) -> int:
 
 
 def make_parser() -> Parser:
-    quick = {"epochs": 2, "seeds": 1, "noise": [0, 60], "methods": ["SGD", "SAM"]}
+    quick = {"epochs": 2, "seeds": 1, "noise": [60], "methods": ["SGD", "SAM"]}
     quick |= {"train": 64, "test": 64, "batch": 16, "width": 2, "blocks": [1]}
-    parser = Parser(__doc__ or "", quick | {"sharpness": 32})
+    parser = Parser(__doc__ or "", quick | {"sharpness": 4})
     parser.data("directory with CIFAR-10 (required)")
     parser.names("methods", list(METHODS), "which to train")
     parser.set_defaults(methods=None)
