@@ -20,16 +20,19 @@ surrogate gap for ρ = 0.1.
 
 On a GPU an epoch is one program. The JSON is written after every epoch. `--budget` ends
 a command between epochs, before a training that would not fit, and `--resume` goes on,
-so that several commands make one table, of one number of epochs. For ten minutes each
-on a data-centre GPU: first how many epochs fit (method after method, one takes about
-12 times that of SGD, and 10 times with both noises), then in the order of importance.
-With JAX_COMPILATION_CACHE_DIR in the environment, the later ones need not compile.
+so that several commands make one table, of one number of epochs. For a data-centre GPU
+in parts of ten minutes, in the order of importance:
 
     C="python benchmarks/papers/cifar10.py --data DIRECTORY --dtype bfloat16"
-    $C --budget 480 --output probe --epochs 3 --seeds 1 --noise 0 --methods SGD SAM
-    $C --budget 480 --resume --epochs 12 --seeds 1 --noise 0
-    $C --budget 480 --resume --epochs 12 --seeds 1 --noise 60 80
-    $C --budget 480 --resume --epochs 12 --seeds 3
+    C="$C --sharpness 500 --budget 480"
+    $C --output probe --epochs 3 --seeds 1 --noise 0 --methods SGD SAM
+    $C --resume --epochs 10 --seeds 1 --noise 0
+    $C --resume --epochs 10 --seeds 1 --noise 60 80
+    $C --resume --epochs 10 --seeds 3
+
+The first tells how many epochs fit: all methods take 12 times as long as SGD, those of
+both noises 10 times, and compiling and measuring come on top. The last is repeated until
+nothing is missing. With JAX_COMPILATION_CACHE_DIR set, each program is compiled once.
 """
 
 import argparse
