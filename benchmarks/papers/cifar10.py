@@ -7,9 +7,9 @@ Tables 1 and 6 of Li et al., "Friendly Sharpness-Aware Minimization"
 From its section 6.1: SGD with momentum 0.9 and a cosine decay of the learning rate from
 0.05 in 200 epochs; weight decay 5e-4 for SGD and 1e-3 for the others; ρ = 0.1 for SAM
 and F-SAM, with λ = 0.6 and σ = 1, and ρ = 2 for ASAM. Of the other three the paper says
-nothing. They have its ρ for SAM, so that they differ from SAM in one thing: GSAM has
-α = 0.1, the least that Zhuang et al. (https://arxiv.org/abs/2203.08065, B.1) try, and a
-constant ρ; LookSAM the k = 5 and α = 0.7 of Liu et al.
+nothing. They have its ρ for SAM, so that they differ from SAM in one thing: GSAM has a
+constant ρ, and α = 0.1 of those that Zhuang et al. (https://arxiv.org/abs/2203.08065,
+B.1) search; LookSAM the k = 5 and α = 0.7 of Liu et al.
 (https://arxiv.org/abs/2203.02714). Batches are of 128, as in the paper's section 6.3.3.
 
 Crop and flip without the paper's cutout. Of `--noise` % of the labels each is replaced
@@ -31,8 +31,9 @@ in parts of ten minutes, in the order of importance:
     $C --resume --epochs 10 --seeds 3
 
 The first tells how many epochs fit: all methods take 12 times as long as SGD, those of
-both noises 10 times, and compiling and measuring come on top. The last is repeated until
-nothing is missing. With JAX_COMPILATION_CACHE_DIR set, each program is compiled once.
+both noises 10 times, and compiling and measuring come on top. The last is repeated
+until nothing is missing. With JAX_COMPILATION_CACHE_DIR set, each program is compiled
+once.
 """
 
 import argparse
