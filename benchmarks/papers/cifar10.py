@@ -437,8 +437,9 @@ def run_all(
             for key, curve in run["curves"].items():
                 curve.append(values[key])
             save_report(NAME, args, runs, budget.spent())
-            budget.epoch_seconds[run["method"]] = values["seconds"]
             epoch, accuracy = len(run["curves"]["seconds"]), values["test_percent"]
+            if epoch > 1:  # the first may have to compile small functions
+                budget.epoch_seconds[run["method"]] = values["seconds"]
             advance(f"{describe_run(run)}, epoch {epoch}: {accuracy:.2f} %")
 
         for run in todo:
