@@ -225,7 +225,7 @@ class FakeLab:
         self.clock.now += 5
         return {"measured": list(state)}
 
-    def costs(self, name, curves):
+    def summarize(self, name, curves):
         return {}
 
 
@@ -290,8 +290,8 @@ def test_resume_does_not_mix_settings(fake_lab, tmp_path):
 def test_noise_leaves_right_all_but_three_methods(tmp_path):
     runs = cifar10.plan(cifar_settings(tmp_path, methods=None, seeds=1))
     assert [len(of(runs, noise_percent=noise)) for noise in (0, 60)] == [7, 3]
-    runs = cifar10.plan(cifar_settings(tmp_path, methods=["ASAM"], seeds=1))
-    assert [run["method"] for run in runs] == ["ASAM", "ASAM"]
+    settings = cifar_settings(tmp_path, methods=["ASAM", "ASAM"], seeds=1)
+    assert [run["method"] for run in cifar10.plan(settings)] == ["ASAM", "ASAM"]
 
 
 def test_noise_replaces_exactly_its_part_by_any_class():
@@ -399,6 +399,17 @@ def test_evaluation_does_not_depend_on_the_batch():
     for at_once in (1, 7, 16):
         assert cifar10.accuracy_percent(MODEL, state, x, own, at_once) == 100
     assert cifar10.accuracy_percent(MODEL, state, x, (own + 1) % 10) == 0
+
+
+def test_a_training_that_diverged_is_measured_as_such():
+    x, y = random_images(4)
+    variables = cifar10.init_variables(MODEL, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, variables["params"])
+    state = cifar10.State(params, variables["batch_stats"], None)
+    loss_fn = cifar10.make_evaluation_loss(MODEL)
+    measured = cifar10.measure_sharpness(loss_fn, state, x, y)
+    assert list(measured) == cifar10.MEASURES
+    assert np.all(np.isnan(list(measured.values())))
 
 
 def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):

@@ -104,6 +104,8 @@ PADDING = 4
 EVALUATED_AT_ONCE, HESSIAN_AT_ONCE = 1000, 250
 TRACE_SAMPLES = 10
 CURVES = ["loss", "gradients", "seconds", "test_percent"]  # of each epoch
+MEASURES = ["eigenvalue", "eigenvalue_residual", "trace", "trace_standard_error"]
+MEASURES += ["gap", "train_loss_in_evaluation"]
 # Settings that all runs of a JSON share.
 SAME = ["epochs", "batch", "train", "test", "sharpness", "width", "blocks", "dtype"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -301,7 +303,9 @@ def make_evaluation_loss(model: nn.Module) -> Callable[..., jax.Array]:
 def measure_sharpness(
     loss_fn: Callable[..., jax.Array], state: State, x, y
 ) -> dict[str, float]:
-    """Of the loss that `make_evaluation_loss` makes."""
+    """Of the loss that `make_evaluation_loss` makes; NaN where training diverged."""
+    if not jnp.isfinite(optax.tree.norm((state.params, state.batch_stats))):
+        return dict.fromkeys(MEASURES, float("nan"))
     arguments = (Partial(loss_fn, state.batch_stats), state.params, (x, y))
     options: dict[str, Any] = {"batch_size": min(len(x), HESSIAN_AT_ONCE)}
     with jax.default_matmul_precision("float32"):
@@ -309,15 +313,8 @@ def measure_sharpness(
         pairs = sharpness.eigenpairs(hessian)
         trace = sharpness.trace(hessian, num_samples=TRACE_SAMPLES)
         gap = sharpness.surrogate_gap(*arguments, rho=RHO, **options)
-    numbers = {
-        "eigenvalue": pairs.values[0],
-        "eigenvalue_residual": pairs.residuals[0],
-        "trace": trace.mean,
-        "trace_standard_error": trace.standard_error,
-        "gap": gap.sharpness,
-        "train_loss_in_evaluation": gap.loss,
-    }
-    return {name: float(value) for name, value in numbers.items()}
+    measures = (pairs.values[0], pairs.residuals[0], *trace, gap.sharpness, gap.loss)
+    return dict(zip(MEASURES, map(float, measures), strict=True))
 
 
 # --- Runs -----------------------------------------------------------------------------
@@ -387,8 +384,7 @@ class Lab:
             self._loss_fn, state, self._train_x[part], labels[part]
         )
 
-    def costs(self, name: str, curves: dict[str, list[float]]) -> dict[str, Any]:
-        """And the other numbers that follow from the training as a whole."""
+    def summarize(self, name: str, curves: dict[str, list[float]]) -> dict[str, Any]:
         trainer, method = self._trainers[name], METHODS[name]
         images = len(self._train_x) // self._args.batch * self._args.batch
         seconds = float(np.median(curves["seconds"][1:] or curves["seconds"]))
@@ -420,8 +416,8 @@ def plan(args) -> list[dict[str, Any]]:
     return [
         {"noise_percent": noise, "method": name, "seed": seed}
         for seed in range(args.seeds)
-        for noise in args.noise
-        for name in args.methods or (NOISY if noise else METHODS)
+        for noise in dict.fromkeys(args.noise)
+        for name in dict.fromkeys(args.methods or (NOISY if noise else METHODS))
     ]
 
 
@@ -438,8 +434,6 @@ def run_all(
                 curve.append(values[key])
             save_report(NAME, args, runs, budget.spent())
             epoch, accuracy = len(run["curves"]["seconds"]), values["test_percent"]
-            if epoch > 1:  # the first may have to compile small functions
-                budget.epoch_seconds[run["method"]] = values["seconds"]
             advance(f"{describe_run(run)}, epoch {epoch}: {accuracy:.2f} %")
 
         for run in todo:
@@ -466,12 +460,15 @@ def complete(run: dict[str, Any], lab: Lab, args, budget: Budget, record) -> boo
     for epoch in range(args.epochs):
         if epoch and not budget.allows(name, args.epochs - epoch):
             return False
+        before = budget.spent()
         state, values = lab.train_epoch(name, state, seed, epoch, labels)
         record(run, values)
-    start = time.perf_counter()
+        if epoch:  # the first may have to compile small functions
+            budget.epoch_seconds[name] = budget.spent() - before
+    before = budget.spent()
     run |= lab.measure(state, labels)
-    run |= lab.costs(name, run["curves"]) | {"finished": True}
-    budget.end_seconds = time.perf_counter() - start
+    run |= lab.summarize(name, run["curves"]) | {"finished": True}
+    budget.end_seconds = budget.spent() - before
     return True
 
 
