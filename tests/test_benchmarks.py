@@ -10,7 +10,9 @@ import pathlib
 import sys
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -138,6 +140,44 @@ def test_what_moves_is_read_and_written_once_and_not_in_a_branch(speed):
     moved = [speed.compile_program(f, x, x).bytes_moved for f in (add, choose)]
     assert moved[0] == 3 * x.nbytes
     assert moved[1] < 2 * x.nbytes  # to look at x[0] counts as x
+
+
+@pytest.fixture(scope="module")
+def designs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH)
+        yield importlib.import_module("designs")
+
+
+def test_all_designs_take_the_same_step(designs):
+    model = designs.MODELS["mlp"]
+    params = model.init(jax.random.key(0), 4)
+    batch = designs.make_batch(model, 3)
+    loss_fn = designs.make_loss(model.predict, jnp.float32)
+    steps = designs.make_steps(loss_fn)
+    expected, loss = steps.pop("two gradients")(params, *batch)
+    for step in steps.values():
+        result = step(params, *batch)
+        for a, b in zip(
+            jax.tree.leaves(result), jax.tree.leaves((expected, loss)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    step, vector = designs.flat_step(loss_fn, params)
+    moved, _ = step(vector, *batch)
+    flat, _ = jax.flatten_util.ravel_pytree(expected)
+    np.testing.assert_allclose(moved, flat, rtol=1e-4, atol=1e-6)
+    for norm in designs.NORMS.values():
+        for size in (1e-30, 1.0, 1e30):
+            length = norm({"a": size * jnp.array([3.0]), "b": size * jnp.array([4.0])})
+            assert float(length) == pytest.approx(5 * size, rel=1e-6)
+
+
+def test_designs_are_compared(designs, capsys):
+    tiny = ["--width", "4", "--batch", "3", "--rounds", "2", "--compiles", "1"]
+    assert designs.main(["--models", "mlp", *tiny]) == 0
+    printed = capsys.readouterr().out
+    assert "over two gradients" in printed
+    assert "fsam, average in bfloat16" in printed
 
 
 @pytest.fixture(scope="module")
