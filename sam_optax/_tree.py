@@ -152,10 +152,8 @@ def measure(tree: Tree) -> Sphere:
     # In a cond, because the pass over the tree it saves is dear and the need is rare.
     # The branches are module-level functions, so that eager calls compile them once.
     square = jax.lax.cond(is_safe, _plain, _rescued, plain, rescue, leaves)
-    stretch = jnp.where(is_safe | (square == 0), 1, 1 / rescue)
-    # A quotient, which the compiler takes once: the choices that lead to it would be
-    # repeated in every loop that multiplies by it.
-    return Sphere(1 / jnp.where(jnp.isfinite(square), stretch, jnp.nan), square)
+    shrink = jnp.where(is_safe | (square == 0), 1, rescue)
+    return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
 
 
 def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:

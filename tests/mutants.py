@@ -78,8 +78,8 @@ MUTANTS = {
     ),
     "a direction for what is infinite": Mutant(
         "_tree.py",
-        "jnp.where(jnp.isfinite(square), stretch, jnp.nan)",
-        "stretch",
+        "Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)",
+        "Sphere(shrink, square)",
         first="no_direction",
     ),
     "single precision beside double": Mutant(
@@ -90,8 +90,8 @@ MUTANTS = {
     ),
     "zero beside double": Mutant(
         "_tree.py",
-        "jnp.where(is_safe | (square == 0), 1, 1 / rescue)",
-        "jnp.where(is_safe, 1, 1 / rescue)",
+        "jnp.where(is_safe | (square == 0), 1, rescue)",
+        "jnp.where(is_safe, 1, rescue)",
         first="beside_double",
     ),
     "order of the norm ignored": Mutant("_ascent.py", "if p == 2:", "if True:"),
