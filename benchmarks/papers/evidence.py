@@ -32,9 +32,9 @@ PACKAGES = ("sam_optax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-lear
 class Parser(argparse.ArgumentParser):
     """The options of every script; `quick` has other defaults, for a few seconds."""
 
-    def __init__(self, doc: str, quick: dict[str, Any]):
+    def __init__(self, doc: str | None, quick: dict[str, Any]):
         prog = pathlib.Path(sys.argv[0]).name
-        super().__init__(prog=prog, description=doc.splitlines()[0])
+        super().__init__(prog=prog, description=doc and doc.splitlines()[0])
         self._quick = quick
         self.add_argument(
             "--output",

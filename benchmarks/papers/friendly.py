@@ -110,9 +110,14 @@ COLORS = {"sgd": "black", "sam": "C1", "fsam": "C0"}  # who is in the other thre
 
 def make_data(seed: int, noise: float):
     """Training images with `noise` % of random labels, validation and test images."""
-    (x, y), validation, test = split(*load_digits(), (TRAIN, VALIDATION), seed)
+    return split_with_noise(load_digits(), (TRAIN, VALIDATION), seed, noise)
+
+
+def split_with_noise(data, sizes: tuple[int, int], seed: int, noise: float):
+    """`split`, with `noise` % of the labels of the first part replaced."""
+    (x, y), validation, test = split(*data, sizes, seed)
     rng = np.random.default_rng(seed)
-    replaced = round(TRAIN * noise / 100)
+    replaced = round(len(y) * noise / 100)
     # One in ten random labels is right; the images are in random order by now.
     noisy = np.concatenate([rng.integers(0, 10, replaced), y[replaced:]])
     return (x, noisy.astype(y.dtype)), validation, test

@@ -20,6 +20,7 @@ def make_step(
     *,
     batch_argnums: tuple[int, ...] | None = None,
     m: int | None = None,
+    data: sam_optax.DataRule | None = None,
     **hyperparameters: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A step of a method of `sam_optax.METHODS`, or of `base` alone.
@@ -37,7 +38,7 @@ def make_step(
         ascend = {}
     tx = optax.chain(sam, base)
     loss_and_grads = sam_optax.sam_value_and_grad(
-        loss_fn, sam, batch_argnums=batch_argnums, m=m, report=True
+        loss_fn, sam, data=data, batch_argnums=batch_argnums, m=m, report=True
     )
 
     def step(params, opt_state, *batch, **arguments):
@@ -95,7 +96,7 @@ class Trainer(NamedTuple):
     """
 
     init: Callable[..., State]  # (hyper, key, x)
-    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, reports)
+    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, seen)
     evaluate: Callable[..., tuple]  # (state, x, y) -> mean loss, accuracy in %
 
 
@@ -106,6 +107,8 @@ def make_trainer(
     batch_size: int,
     arguments: Callable[..., dict[str, Any]] | None = None,
     m: int | None = None,
+    data: sam_optax.DataRule | None = None,
+    watch: Callable[[sam_optax.Report], Any] = lambda report: report,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
@@ -117,16 +120,20 @@ def make_trainer(
       arguments: (loss_fn, params, key, index, x, y) -> further arguments of the step,
         where index says which examples of x and y are in the batch.
       m: examples that share a perturbation; None for the whole batch.
+      data: which examples each of the two gradients sees; None for the whole batch.
+      watch: what an epoch returns of the report of each step, as an array over them.
+        What is not watched takes no time.
     """
 
     def loss_fn(params, x, y):
         logits = model.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses if data else losses.mean()  # rules may choose by the losses
 
     def build(hyper):
         method_hyper = {k: v for k, v in hyper.items() if k != "learning_rate"}
         base = make_base(hyper["learning_rate"])
-        examples = {"batch_argnums": (1, 2), "m": m}
+        examples = {"batch_argnums": (1, 2), "m": m, "data": data}
         return make_step(loss_fn, method, base, **examples, **method_hyper)
 
     def init(hyper, key, x):  # not jitted, so that its parts are compiled but once
@@ -146,7 +153,7 @@ def make_trainer(
             index, key = inputs
             more = arguments(loss_fn, params, key, index, x, y) if arguments else {}
             *carry, loss, report = step(params, opt_state, x[index], y[index], **more)
-            return tuple(carry), (loss, report)
+            return tuple(carry), (loss, watch(report))
 
         keys = jax.random.split(step_key, steps)
         carry, seen = jax.lax.scan(
