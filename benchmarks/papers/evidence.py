@@ -123,7 +123,7 @@ def make_table(*columns: str) -> Table:
 # --- Statistics -----------------------------------------------------------------------
 
 
-def describe(values: Sequence[float], digits: int = 1) -> str:
+def describe(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"

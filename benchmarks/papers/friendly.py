@@ -115,7 +115,8 @@ def make_data(seed: int, noise: float):
 
 def split_with_noise(data, sizes: tuple[int, int], seed: int, noise: float):
     """`split`, with `noise` % of the labels of the first part replaced."""
-    (x, y), validation, test = split(*data, sizes, seed)
+    images, labels = data
+    (x, y), validation, test = split(images, labels, sizes, seed)
     rng = np.random.default_rng(seed)
     replaced = round(len(y) * noise / 100)
     # One in ten random labels is right; the images are in random order by now.
@@ -176,10 +177,10 @@ def run_all(args, console: Console) -> list[dict]:
     runs = []
     with progress(console, len(cases) + len(more)) as advance:
 
-        def run(*case):
-            mine = [train(*case[:3], s, case[3], args) for s in range(args.seeds)]
+        def run(name, setting, noise, size):
+            seeds = range(args.seeds)
+            mine = [train(name, setting, noise, seed, size, args) for seed in seeds]
             runs.extend(mine)
-            name, setting, noise, size = case
             accuracy = describe([r["test"] for r in mine])
             advance(f"{name}, {setting}, noise {noise} %, batch {size}: {accuracy} %")
 

@@ -51,7 +51,7 @@ MODEL = MLP((256, 256, 10))
 
 
 def loss_fn(params, x, y):
-    logits = MODEL.apply(params, x)
+    logits: Any = MODEL.apply(params, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
@@ -220,10 +220,9 @@ def make_figure(runs: list[dict], args) -> Figure:
         row[0].set_ylabel(f"{noise} % wrong labels")
         for axes in row:
             axes.grid(alpha=0.3)
-    options: Any = {"ncols": 3, "fontsize": "small"}
     for axes, place in ((panels[0, 0], "left"), (panels[0, 4], "right")):
-        handles = axes.get_legend_handles_labels()
-        figure.legend(*handles, loc=f"outside lower {place}", **options)
+        options: Any = {"loc": f"outside lower {place}", "fontsize": "small"}
+        figure.legend(*axes.get_legend_handles_labels(), ncols=3, **options)
     return figure
 
 

@@ -108,7 +108,8 @@ def stage(run: dict, key: str, part: tuple[float, float]) -> float:
 
 def print_results(runs: list[dict], args, console: Console) -> None:
     table = make_table("network", "rho", "", *STAGES)
-    for name, rho, key in itertools.product(args.networks, RHOS, TITLES):
+    pairs = [(name, rho) for name in args.networks for rho in RHOS]
+    for (name, rho), key in itertools.product(pairs, TITLES):
         digits = 1 if key == "larger_percent" else 3
         cells = (
             describe([stage(run, key, part) for run in of(runs, name, rho)], digits)
@@ -116,7 +117,7 @@ def print_results(runs: list[dict], args, console: Console) -> None:
         )
         table.add_row(name, f"{rho:g}", TITLES[key], *cells)
     console.print(table)
-    for name, rho in itertools.product(args.networks, RHOS):
+    for name, rho in pairs:
         accuracies = [run["accuracy_percent"] for run in of(runs, name, rho)]
         console.print(f"{name}, ρ = {rho:g}: test accuracy {describe(accuracies)} %")
 

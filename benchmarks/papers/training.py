@@ -126,7 +126,7 @@ def make_trainer(
     """
 
     def loss_fn(params, x, y):
-        logits = model.apply(params, x)
+        logits: Any = model.apply(params, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses if data else losses.mean()  # rules may choose by the losses
 
@@ -156,14 +156,14 @@ def make_trainer(
             return tuple(carry), (loss, watch(report))
 
         keys = jax.random.split(step_key, steps)
-        carry, seen = jax.lax.scan(
+        (params, opt_state), seen = jax.lax.scan(
             body, (state.params, state.opt_state), (batches, keys)
         )
-        return State(*carry, state.epoch + 1), seen
+        return State(params, opt_state, state.epoch + 1), seen
 
     @jax.jit
     def evaluate(state, x, y):
-        logits = model.apply(state.params, x)
+        logits: Any = model.apply(state.params, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean(), 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 

@@ -37,6 +37,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 import sam_optax
 from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
@@ -208,7 +209,9 @@ def measure_times(args, data, task: str) -> list[dict]:
 
 def run_all(args, console: Console, data) -> list[dict]:
     tuning_seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
-    cases = list(itertools.product(args.methods, data, NOISES))
+    cases = [
+        (n, task, noise) for n in args.methods for task in data for noise in NOISES
+    ]
     runs = []
     with progress(console, len(cases)) as advance:
         for name, task, noise in cases:
@@ -256,10 +259,17 @@ def less(runs: list[dict], name: str, other: str, **case):
     return compare_pairs(*(column(tests, "test") for tests in pair))
 
 
+def mean_test(runs: list[dict], name: str, **case) -> float:
+    return float(np.mean(column(tests_of(runs, method=name, **case), "test")))
+
+
 def time_ratio(runs: list[dict], name: str, task: str) -> float:
     """Of a training to one of SGD, the median over the rounds."""
-    pair = (of(runs, on="time", method=method, task=task) for method in (name, "sgd"))
-    ratios = np.divide(*(column(rounds, "seconds") for rounds in pair))
+    mine, sgd = (
+        column(of(runs, on="time", method=method, task=task), "seconds")
+        for method in (name, "sgd")
+    )
+    ratios = np.divide(mine, sgd)
     return ENTRIES[name].stretch * float(np.median(ratios))
 
 
@@ -289,6 +299,21 @@ def print_results(runs: list[dict], args, console: Console) -> None:
             )
     console.print(summary_table(runs, args.methods))
     console.print("▲ ▼: clearly above, below sam on the same seeds")
+    names = [name for name in args.methods if ENTRIES[name].method != PLAIN]
+    if len(names) > 2:
+        print_ranks(runs, names, console)
+
+
+def print_ranks(runs: list[dict], names: list[str], console: Console) -> None:
+    """How far the order of the methods in one case is their order in another."""
+    for one, other in itertools.combinations(cases_of(runs), 2):
+        ranks = (
+            stats.rankdata([mean_test(runs, name, **case) for name in names])
+            for case in (one, other)
+        )
+        titles = f"{title_of(**one)} and {title_of(**other)}"
+        correlation = np.corrcoef(*ranks)[0, 1]
+        console.print(f"rank correlation, {titles}: {correlation:.2f}", soft_wrap=True)
 
 
 def case_table(runs: list[dict], names: list[str], case: dict[str, Any]) -> Table:
@@ -351,7 +376,7 @@ def make_figure(runs: list[dict], args) -> Figure:
     for axes, case in zip(panels, cases, strict=True):
         points = []
         for i, name in enumerate(args.methods):
-            accuracy = np.mean(column(tests_of(runs, method=name, **case), "test"))
+            accuracy = mean_test(runs, name, **case)
             points.append((time_ratio(runs, name, case["task"]), accuracy))
             style = (
                 {"color": "black"} if name in BASELINES else {"color": colors(i % 20)}
@@ -364,8 +389,7 @@ def make_figure(runs: list[dict], args) -> Figure:
             p for p in sorted(points) if p[1] >= max(q[1] for q in points if q <= p)
         ]
         axes.step(*zip(*front, strict=True), "k", where="post", lw=2.5, alpha=0.2)
-        sam = [run["test"] for run in tests_of(runs, method="sam", **case)]
-        axes.axhline(np.mean(sam), color="grey", linestyle=":", lw=1)
+        axes.axhline(mean_test(runs, "sam", **case), color="grey", linestyle=":", lw=1)
         accuracies = [p[1] for p in points]
         # Methods that fail are below the panel.
         shown = [a for a in accuracies if a > np.median(accuracies) - 5]
