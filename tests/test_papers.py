@@ -15,6 +15,7 @@ import evidence
 import friendly
 import gsam
 import loaders
+import norms
 import one_example
 import sam_optax
 import training
@@ -257,6 +258,15 @@ def test_norms_are_of_one_geometry(report):
         assert np.all(product[-2:] > 1)
     ratios = {run["rho"]: run["ratio"][-1] for run in runs}
     assert ratios[0.01] > ratios[0.05] > ratios[0.2]
+
+
+def test_lenet_sees_rows_as_images():
+    lenet = norms.LeNet()
+    rows = jnp.zeros((5, 64))
+    params = jax.eval_shape(lenet.init, jax.random.key(0), rows)
+    kernels = [params["params"][f"Conv_{i}"]["kernel"].shape for i in (0, 1)]
+    assert kernels == [(3, 3, 1, 6), (3, 3, 6, 16)]
+    assert jax.eval_shape(lenet.apply, params, rows).shape == (5, 10)
 
 
 def test_the_distance_is_of_the_one_example(report):

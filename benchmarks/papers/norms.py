@@ -138,7 +138,7 @@ def make_figure(runs: list[dict], args) -> Figure:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.set_yscale("log")
-        axes.set_ylim(*((0.08, 1.2) if key == "ratio" else (0.9, 15)))
+        axes.set_ylim(*((0.05, 2) if key == "ratio" else (0.5, 20)))
         axes.yaxis.set_major_formatter("{x:g}")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center")
