@@ -72,18 +72,18 @@ def settings(args) -> list[tuple[str, float, float]]:
     ]
 
 
-def measure(params, train, rho: float) -> dict[str, float]:
+@jax.jit  # compiled once; else with every call, as each makes its own functions
+def measure(params, train, rho) -> dict[str, jax.Array]:
     """On the training images, with the radius of the training."""
     gap = sharpness.surrogate_gap(loss_fn, params, train, rho=rho)
     worst = sharpness.worst_case(loss_fn, params, train, rho=rho)
     pairs = sharpness.eigenpairs(sharpness.hessian(loss_fn, params, train))
-    numbers = {
+    return {
         "gap": gap.sharpness,
         "eigenvalue": pairs.values[0],
         "estimate": sharpness.eigenvalue_from_gap(gap.sharpness, rho),
         "worst_estimate": sharpness.eigenvalue_from_gap(worst.sharpness, rho),
     }
-    return {name: float(value) for name, value in numbers.items()}
 
 
 def train(method: str, rho: float, weight: float, noise: float, seed: int, epochs: int):
@@ -101,7 +101,8 @@ def train(method: str, rho: float, weight: float, noise: float, seed: int, epoch
         run[f"{name}_percent"] = float(trainer.evaluate(state, *part)[1])
     run["cosine"] = [float(report.cosine.mean()) for report in reports]
     run["gaps"] = [float(report.surrogate_gap.mean()) for report in reports]
-    return run | measure(state.params, data, rho)
+    measured = measure(state.params, data, rho)
+    return run | {name: float(value) for name, value in measured.items()}
 
 
 def run_all(args, console: Console) -> list[dict]:
