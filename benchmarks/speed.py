@@ -7,15 +7,17 @@ transformer, the steps below run in turn within one process: plain SGD, two grad
 written by hand, `sam_optax.sam` through both doors, `optax.contrib.sam`, the methods
 over `sam`, and what is cheaper than two gradients over plain SGD. Printed are medians
 of the ratios of one round with the range that holds half of them, beside what the
-compiler counts (flops, bytes accessed, temporary memory), the passes over the
-parameters, and at the end each target with what was measured. `speed.json` and
-`speed.png` in the output directory hold the same. `--quick` takes two minutes.
+compiler counts (flops, bytes accessed, temporary memory), the bytes that instructions
+outside of branches move, the passes over the parameters, and at the end each target
+with what was measured. `speed.json` and `speed.png` in the output directory hold the
+same. `--quick` takes two minutes.
 
     python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
     python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16
 
 sweep the work, and run at the sizes of papers, on whatever device JAX finds. Parameters
-and states are donated, as in training. With `--torch`, the same perceptron in PyTorch.
+and states are donated, as in training. With `--torch`, PyTorch takes the same steps on
+the perceptron and the residual network.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import torch_steps
 from matplotlib.figure import Figure
 from measure import Program, Spread, compile_program, ratios, time_in_turn
 from models import MODELS, make_batch, make_loss
@@ -40,7 +43,7 @@ from rich.table import Table
 
 import sam_optax
 
-RHO, LEARNING_RATE, ALPHA = 0.05, 0.01, 0.4
+RHO, LEARNING_RATE, ALPHA, ETA = 0.05, 0.01, 0.4, 0.01
 
 # What is compared, and with what.
 COMPARISONS = [
@@ -51,7 +54,13 @@ COMPARISONS = [
     ("optax.contrib.sam, transparent", "by hand"),
     ("sam, door 1", "optax.contrib.sam, opaque"),
     ("sam, door 2", "optax.contrib.sam, opaque"),
+    ("PyTorch, SAM", "PyTorch, plain"),
+    ("sam, door 1", "PyTorch, SAM"),
+    ("asam", "asam by hand"),
+    ("fsam", "fsam by hand"),
     ("gsam", "gsam by hand"),
+    ("stable_sam", "stable_sam by hand"),
+    ("vasso", "vasso by hand"),
     ("asam", "sam, door 1"),
     ("fsam", "sam, door 1"),
     ("gsam", "sam, door 1"),
@@ -60,6 +69,7 @@ COMPARISONS = [
     ("look_sam, k = 5", "plain SGD"),
     ("rst, p = 0.5", "plain SGD"),
     ("sam, a quarter ascends", "plain SGD"),
+    ("sam, a quarter ascends", "a quarter by hand"),
     ("random_sam", "plain SGD"),
     ("report unused", "sam, door 1"),
     ("report used", "sam, door 1"),
@@ -73,8 +83,7 @@ MEANS = {
 }
 
 # Passes over the parameters that the equation adds to those of SAM, if whatever can run
-# between two norms is one loop: reads of w (asam), of gᵃ (stable_sam), of gᵃ and g for
-# the projection and of g at the end (gsam), of m twice, and its write (fsam, vasso).
+# between two norms is one loop; derived in docs/cost.md.
 FEWEST_PASSES = {"asam": 1, "fsam": 3, "gsam": 3, "stable_sam": 1, "vasso": 3}
 
 
@@ -94,7 +103,7 @@ TARGETS = [
     *(
         Target(door, "by hand", quantity, 1.02)
         for door in DOORS
-        for quantity in ("time", "memory", "flops", "bytes")
+        for quantity in ("time", "memory", "flops", "bytes", "moved")
     ),
     *(Target(door, "by hand", "compile", 1.05) for door in DOORS),
     *(Target(door, "optax.contrib.sam, opaque", "time", 1.0) for door in DOORS),
@@ -153,13 +162,65 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         )
         return *descend(params, state, d), loss
 
+    def asam_by_hand(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        scaled = jax.tree.map(lambda w, g: (jnp.abs(w) + ETA) * g, params, g)
+        factor = RHO / optax.tree.norm(scaled)
+        point = jax.tree.map(
+            lambda w, u: w + factor * (jnp.abs(w) + ETA) * u, params, scaled
+        )
+        return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
+
+    def fsam_by_hand(params, state, x, y):
+        ema, state = state
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        ema = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, ema, g)
+        h = optax.tree.sub(g, ema)
+        norm = optax.tree.norm(h)
+        point = jax.tree.map(lambda w, h: w + RHO / norm * h, params, h)
+        params, state = descend(params, state, jax.grad(loss_fn)(point, x, y))
+        return params, (ema, state), loss
+
+    def stable_sam_by_hand(params, state, x, y):
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        norm = optax.tree.norm(g)
+        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
+        ga = jax.grad(loss_fn)(point, x, y)
+        d = optax.tree.scale(norm / optax.tree.norm(ga), ga)
+        return *descend(params, state, d), loss
+
+    def vasso_by_hand(params, state, x, y):
+        ema, state = state
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        ema = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, ema, g)
+        norm = optax.tree.norm(ema)
+        point = jax.tree.map(lambda w, m: w + RHO / norm * m, params, ema)
+        params, state = descend(params, state, jax.grad(loss_fn)(point, x, y))
+        return params, (ema, state), loss
+
+    def quarter_by_hand(params, state, x, y):
+        part = len(x) // 4
+        loss = loss_fn(params, x, y)
+        g = jax.grad(loss_fn)(params, x[:part], y[:part])
+        norm = optax.tree.norm(g)
+        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
+        return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
+
+    def with_ema(params):
+        return optax.tree.zeros_like(params), base.init(params)
+
     return {
         "plain SGD": Step(plain, base.init),
         "by hand": Step(by_hand, base.init),
         "sam, door 1": _through_door1(loss_fn, base, sam_optax.sam(RHO)),
         "sam, door 2": _through_door2(loss_fn, base, sam_optax.sam(RHO)),
         **_contrib_steps(loss_fn, base),
+        "asam by hand": Step(asam_by_hand, base.init),
+        "fsam by hand": Step(fsam_by_hand, with_ema),
         "gsam by hand": Step(gsam_by_hand, base.init),
+        "stable_sam by hand": Step(stable_sam_by_hand, base.init),
+        "vasso by hand": Step(vasso_by_hand, with_ema),
+        "a quarter by hand": Step(quarter_by_hand, base.init),
         **_method_steps(loss_fn, base),
     }
 
@@ -266,6 +327,7 @@ class Costs(NamedTuple):
     time: list[float]
     flops: float
     bytes: float
+    moved: float
     memory: float
     compile: float
 
@@ -295,21 +357,28 @@ def measure_case(
     task = progress.add_task(label, total=len(steps) * compiles + rounds)
     advance = functools.partial(progress.advance, task)
     programs = _compile(steps, params, batch, compiles, advance)
-    times = _time(programs, params, batch, rounds, advance)
+    others = {}
+    if any("PyTorch" in name for name in wanted) and case.model in ("mlp", "resnet"):
+        others = torch_steps.make_calls(case.model, params, batch)
+    times = _time(programs, others, params, batch, rounds, advance)
     costs = {
         name: Costs(
             times[name],
             program.flops,
             program.bytes_accessed,
+            program.bytes_moved,
             program.temporary_bytes,
             program.compile_seconds,
         )
         for name, program in programs.items()
     }
+    unknown = float("nan")
+    costs |= {name: Costs(times[name], *[unknown] * 5) for name in others}
     costs |= {
         name: _mean(costs, of) for name, of in MEANS.items() if set(of) <= set(costs)
     }
-    return Result(case, size, costs, [compare(costs, *pair) for pair in pairs])
+    known = [pair for pair in pairs if set(pair) <= set(costs)]
+    return Result(case, size, costs, [compare(costs, *pair) for pair in known])
 
 
 def _compile(
@@ -338,6 +407,7 @@ def _compile(
 
 def _time(
     programs: dict[str, Program],
+    others: dict[str, Callable[[], Any]],
     params: Any,
     batch: tuple[jax.Array, ...],
     rounds: int,
@@ -351,7 +421,7 @@ def _time(
         params, states[name], loss = programs[name].run(params, states[name], *batch)
         return params, states[name], loss
 
-    calls = {name: functools.partial(call, name) for name in programs}
+    calls = {name: functools.partial(call, name) for name in programs} | others
     times = time_in_turn(calls, rounds, advance)
     if not jnp.isfinite(optax.tree.norm(params)):
         raise FloatingPointError("Training diverged: these times mean nothing.")
@@ -367,6 +437,7 @@ def _mean(costs: dict[str, Costs], weights: dict[str, float]) -> Costs:
         [mean(times) for times in zip(*[part.time for part in parts], strict=True)],
         mean([part.flops for part in parts]),
         mean([part.bytes for part in parts]),
+        mean([part.moved for part in parts]),
         max(part.memory for part in parts),
         sum(part.compile for part in parts),
     )
@@ -380,6 +451,7 @@ class Comparison(NamedTuple):
     time: Spread
     flops: float
     bytes: float
+    moved: float
     memory: float
     compile: float
 
@@ -396,7 +468,8 @@ def compare(costs: dict[str, Costs], name: str, over: str) -> Comparison:
         ratios(a.time, b.time),
         a.flops / b.flops,
         a.bytes / b.bytes,
-        a.memory / max(b.memory, 1),
+        a.moved / b.moved,
+        a.memory / (b.memory or 1),
         a.compile / b.compile,
     )
 
@@ -409,13 +482,12 @@ class Result(NamedTuple):
 
     def passes(self) -> dict[str, float]:
         """Passes over the (float32) parameters beyond those of SAM, as compiled."""
-        if "sam, door 1" not in self.costs:
-            return {}
-        sam = self.costs["sam, door 1"].bytes
         return {
-            name: (self.costs[name].bytes - sam) / (4 * self.parameters)
-            for name in FEWEST_PASSES
-            if name in self.costs
+            name: (self.costs[name].moved - self.costs[sam].moved)
+            / (4 * self.parameters)
+            for method in FEWEST_PASSES
+            for name, sam in [(method, "sam, door 1"), (f"{method} by hand", "by hand")]
+            if {name, sam} <= set(self.costs)
         }
 
 
@@ -428,21 +500,25 @@ def comparison_table(result: Result) -> Table:
         title=f"{case.model}: width {case.width}, batch {case.batch}, "
         f"{result.parameters:,} parameters"
     )
-    for column in ("step", "over", "time", "flops", "bytes", "memory", "compile"):
+    columns = ("time", "flops", "bytes", "moved", "memory", "compile")
+    for column in ("step", "over", *columns):
         is_number = column not in ("step", "over")
         table.add_column(column, justify="right" if is_number else "left")
     for row in result.comparisons:
-        numbers = [row.flops, row.bytes, row.memory, row.compile]
+        numbers = [row.of(column) for column in columns[1:]]
         table.add_row(row.name, row.over, str(row.time), *(f"{x:.3f}" for x in numbers))
     return table
 
 
 def passes_table(result: Result) -> Table:
     table = Table(title="passes over the parameters beyond those of SAM")
-    for column in ("method", "fewest", "compiled"):
+    for column in ("method", "fewest", "by hand", "sam_optax"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for name, passes in result.passes().items():
-        table.add_row(name, str(FEWEST_PASSES[name]), f"{passes:.1f}")
+    passes = result.passes()
+    for name, fewest in FEWEST_PASSES.items():
+        if name in passes:
+            by_hand = passes.get(f"{name} by hand", float("nan"))
+            table.add_row(name, str(fewest), f"{by_hand:.1f}", f"{passes[name]:.1f}")
     return table
 
 
@@ -545,54 +621,6 @@ def as_json(
     }
 
 
-# --- PyTorch.
-
-
-def torch_seconds(
-    widths: Sequence[int], batch: int, rounds: int
-) -> tuple[float, float]:
-    """Median seconds of a plain and of a two-step SAM step of a perceptron."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise SystemExit(
-            "--torch compares with PyTorch, which is not installed: pip install torch"
-        ) from None
-    layers = [
-        layer
-        for pair in itertools.pairwise(widths)
-        for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())
-    ][:-1]
-    model = torch.nn.Sequential(*layers)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    x, y = torch.randn(batch, widths[0]), torch.randint(widths[-1], (batch,))
-
-    def backward():
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-
-    def plain():
-        backward()
-        optimizer.step()
-
-    def sam():
-        backward()
-        with torch.no_grad():
-            weights = list(model.parameters())
-            before = [w.clone() for w in weights]
-            norm = torch.stack([w.grad.norm() for w in weights]).norm()
-            for w in weights:
-                w.add_(w.grad, alpha=RHO / float(norm))
-        backward()
-        with torch.no_grad():
-            for w, old in zip(weights, before, strict=True):
-                w.copy_(old)
-        optimizer.step()
-
-    times = time_in_turn({"plain": plain, "sam": sam}, rounds)
-    return statistics.median(times["plain"]), statistics.median(times["sam"])
-
-
 # --- The command.
 
 
@@ -639,7 +667,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="small models, few rounds: under two minutes, and coarse",
     )
     parser.add_argument(
-        "--torch", action="store_true", help="also a perceptron in PyTorch, on the CPU"
+        "--torch",
+        action="store_true",
+        help="also in PyTorch, on the CPU: the models mlp and resnet in float32",
     )
     parser.add_argument(
         "--output",
@@ -659,13 +689,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     console = Console(width=120)
-    if args.torch:
-        widths = [256, MODELS["mlp"].width, MODELS["mlp"].width, 10]
-        plain, sam = torch_seconds(widths, MODELS["mlp"].batch, args.rounds)
-        console.print(f"PyTorch: SAM over plain {sam / plain:.3f}, {sam:.4f} s a step")
-
     dtype = jnp.dtype(args.dtype)
     pairs = [pair for pair in COMPARISONS if not args.only or pair[0] in args.only]
+    if not args.torch:
+        pairs = [pair for pair in pairs if not any("PyTorch" in name for name in pair)]
     results = []
     columns = (
         "{task.description}",

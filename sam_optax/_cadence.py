@@ -206,8 +206,7 @@ def every_k_reusing(
     def direction_of(d, g):
         # Of gᵃ − g, whose orthogonal part is that of gᵃ, but with fewer digits lost;
         # what is rounding is judged by the size of gᵃ.
-        part = _tree.orthogonal(_tree.subtract(d, g), g)
-        return _tree.unit(_tree.zero_if_rounding_of(d, part))
+        return _tree.unit_unless_rounding_of(d, _tree.orthogonal_difference(d, g, g))
 
     def init(params):
         return ReuseState(periodic.init(params).cadence_step, _tree.zeros_like(params))

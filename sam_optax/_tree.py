@@ -177,8 +177,12 @@ def _of_one_width(leaves: list[Any]) -> list[Any]:
 
 def norm(tree: Tree) -> jax.Array:
     """Global 2-norm over all leaves, exact wherever it is representable."""
-    shrink, square = measure(tree)
-    return jnp.sqrt(square) / shrink
+    return length(measure(tree))
+
+
+def length(sphere: Sphere) -> jax.Array:
+    """`norm` of a tree that has been measured."""
+    return jnp.sqrt(sphere.square) / sphere.shrink
 
 
 def unit(tree: Tree) -> Tree:
@@ -198,13 +202,32 @@ def to_unit(tree: Tree, sphere: Sphere) -> Tree:
 def projection(x: Tree, direction: Tree) -> Tree:
     """The part of x that lies along a direction; zero where that is zero."""
     shrink, square = measure(direction)
-    direction = scale(shrink, at_least_float32(direction))
-    return scale(dot(x, direction) / jnp.where(square == 0, 1, square), direction)
+    shrink, direction = _afresh((shrink, at_least_float32(direction)))
+    overlap = dot(x, scale(shrink, direction))
+    factor = overlap / jnp.where(square == 0, 1, square)
+    shrink, direction = _afresh((shrink, direction))
+    return scale(factor, scale(shrink, direction))
 
 
 def orthogonal(x: Tree, direction: Tree) -> Tree:
     """The part of x that is orthogonal to a direction; x itself where that is zero."""
     return subtract(x, projection(x, direction))
+
+
+def orthogonal_difference(x: Tree, y: Tree, direction: Tree) -> Tree:
+    """The part of x − y that is orthogonal to a direction."""
+    overlap = projection(subtract(x, y), direction)
+    x, y = _afresh((x, y))
+    return subtract(subtract(x, y), overlap)
+
+
+def _afresh(tree: Tree) -> Tree:
+    """The same tree, of which the compiler takes nothing for computed already.
+
+    To compute a product or difference again is cheaper than to write it to memory, as
+    the compiler would, for the second of its uses.
+    """
+    return jax.lax.optimization_barrier(tree)
 
 
 # A difference below this many ulps of what was subtracted is rounding.
@@ -216,9 +239,19 @@ def zero_if_rounding_of(whole: Tree, part: Tree) -> Tree:
 
     For what is scaled up again, where such noise must not become a direction.
     """
+    return scale(jnp.where(_is_rounding_of(whole, norm(part)), 0, 1), part)
+
+
+def unit_unless_rounding_of(whole: Tree, part: Tree) -> Tree:
+    """`unit` of `zero_if_rounding_of`, for which the part is measured but once."""
+    sphere = measure(part)
+    is_rounding = _is_rounding_of(whole, length(sphere))
+    return scale(jnp.where(is_rounding, 0, 1), to_unit(part, sphere))
+
+
+def _is_rounding_of(whole: Tree, size_of_part: jax.Array) -> jax.Array:
     size = norm(whole)
-    is_noise = norm(part) <= _ROUNDING * jnp.finfo(size.dtype).eps * size
-    return scale(jnp.where(is_noise, 0, 1), part)
+    return size_of_part <= _ROUNDING * jnp.finfo(size.dtype).eps * size
 
 
 def cosine(x: Tree, y: Tree) -> jax.Array:

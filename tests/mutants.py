@@ -254,9 +254,9 @@ MUTANTS = {
         first="gsam",
     ),
     "GSAM: projection's arguments swapped": Mutant(
-        "_descent.py",
-        "_tree.projection(_tree.subtract(ga, g), kept)",
-        "_tree.projection(kept, _tree.subtract(ga, g))",
+        "_tree.py",
+        "projection(subtract(x, y), direction)",
+        "projection(direction, subtract(x, y))",
         first="gsam",
     ),
     "GSAM: the two minimized losses swapped": Mutant(
@@ -392,7 +392,10 @@ MUTANTS = {
         first="look_sam",
     ),
     "LookSAM: rounding becomes a direction": Mutant(
-        "_cadence.py", "_tree.zero_if_rounding_of(d, part)", "part", first="look_sam"
+        "_tree.py",
+        "jnp.where(is_rounding, 0, 1)",
+        "1",
+        first="look_sam",
     ),
     "LookSAM: alpha ignored": Mutant(
         "_cadence.py", "weight * _tree.norm(g)", "_tree.norm(g)", first="look_sam"

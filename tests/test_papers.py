@@ -1,7 +1,9 @@
 """The scripts of benchmarks/papers run, write what they should, and measure right."""
 
+import argparse
 import importlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +11,25 @@ import numpy as np
 import optax
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 from scipy import stats
 
+import cifar10
 import evidence
 import friendly
 import gsam
 import loaders
 import norms
 import one_example
+import resnet
 import sam_optax
 import training
 import which_method
 from lab import assert_trees_close, assert_trees_equal
 
 SCRIPTS = ["learning_rates", "two_minima", "mnist_1000", "norms", "one_example"]
-SCRIPTS += ["friendly", "m_sharpness", "gsam", "which_method"]
+SCRIPTS += ["friendly", "m_sharpness", "gsam", "which_method", "cifar10"]
+WITH_DATA = ["mnist_1000", "cifar10"]
 
 
 def write_like_mnist(directory):
@@ -35,17 +41,27 @@ def write_like_mnist(directory):
     np.savez(path, image=images[which], label=labels[which])
 
 
+def write_like_cifar(directory):
+    """Random images, 16 in each file of the binary version, sorted by class."""
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        records = rng.integers(0, 256, (16, 1 + 3072), np.uint8)
+        records[:, 0] = np.arange(16) * 10 // 16
+        (directory / f"{name}.bin").write_bytes(records.tobytes())
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What a script's --quick writes, run once: name -> the JSON."""
     directory = tmp_path_factory.mktemp("papers")
     write_like_mnist(directory)
+    write_like_cifar(directory)
     reports = {}
 
     def get(name):
         if name not in reports:
             argv = ["--quick", "--output", str(directory)]
-            argv += ["--data", str(directory)] if name == "mnist_1000" else []
+            argv += ["--data", str(directory)] if name in WITH_DATA else []
             assert importlib.import_module(name).main(argv) == 0
             text = (directory / f"{name}.json").read_text(encoding="utf-8")
             reports[name] = json.loads(text)
@@ -292,6 +308,248 @@ def test_noise_replaces_training_labels_only():
     assert np.mean(clean[0][1] != noisy[0][1]) == pytest.approx(0.36, abs=0.04)
 
 
+# --- CIFAR-10 -------------------------------------------------------------------------
+
+
+def test_cifar10_measures_each_training(report):
+    runs = report("cifar10")["runs"]
+    found = [(run["noise_percent"], run["method"]) for run in runs]
+    assert found == [(60, "SGD"), (60, "SAM")]
+    for run in runs:
+        assert run["finished"]
+        assert run["gradients"] == (2 if run["method"] == "SAM" else 1)
+        assert run["eigenvalue"] > 10 * run["eigenvalue_residual"]
+        assert run["images_per_second"] * run["seconds_per_epoch"] == pytest.approx(64)
+        assert all(len(curve) == 2 for curve in run["curves"].values())
+        assert run["test_percent"] == run["curves"]["test_percent"][-1]
+
+
+def cifar_settings(tmp_path, **settings):
+    defaults = {"output": tmp_path, "epochs": 2, "seeds": 2, "noise": [0, 60]}
+    defaults |= {"methods": ["SGD", "SAM"], "resume": True, "budget": None}
+    defaults |= dict.fromkeys(cifar10.SAME, 2)
+    return argparse.Namespace(**defaults | settings)
+
+
+class FakeLab:
+    """Trainings that only take time: an epoch 10 s, the measures at the end 5 s."""
+
+    def __init__(self, clock):
+        self.clock, self.trained = clock, []
+
+    def labels(self, noise, seed):
+        return noise, seed
+
+    def start(self, name, seed):
+        return (name,)
+
+    def train_epoch(self, name, state, seed, epoch, labels):
+        self.clock.now += 10
+        self.trained.append((*labels, name, epoch))
+        values = dict.fromkeys(cifar10.CURVES, 1.0)
+        return (*state, epoch), values | {"seconds": 10.0}
+
+    def measure(self, state, labels):
+        self.clock.now += 5
+        return {"measured": list(state)}
+
+    def summarize(self, name, curves):
+        return {}
+
+
+@pytest.fixture
+def fake_lab(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    lab = FakeLab(clock)
+    monkeypatch.setattr(cifar10, "Lab", lambda args, data: lab)
+    monkeypatch.setattr(cifar10.time, "perf_counter", lambda: clock.now)
+    return lab
+
+
+def run_cifar10(args):
+    runs = cifar10.finished_runs(args)
+    budget = cifar10.Budget(args.budget)
+    return cifar10.run_all(args, Console(quiet=True), None, runs, budget)
+
+
+def test_every_method_has_its_first_seed_before_any_has_its_second(fake_lab, tmp_path):
+    runs = run_cifar10(cifar_settings(tmp_path))
+    assert [run["seed"] for run in runs] == [0] * 4 + [1] * 4
+    assert fake_lab.trained[:3] == [
+        (0, 0, "SGD", 0),
+        (0, 0, "SGD", 1),
+        (0, 0, "SAM", 0),
+    ]
+    assert runs[1]["measured"] == ["SAM", 0, 1]
+
+
+@pytest.mark.parametrize(
+    "budget, epochs", [(30, 2), (31, 3), (41, 4), (105, 6), (106, 9)]
+)
+def test_the_budget_ends_before_what_does_not_fit(budget, epochs, fake_lab, tmp_path):
+    """From its second epoch on, it is known how long a method takes."""
+    run_cifar10(cifar_settings(tmp_path, budget=budget, epochs=3))
+    assert len(fake_lab.trained) == epochs
+    saved = json.loads((tmp_path / "cifar10.json").read_text(encoding="utf-8"))["runs"]
+    assert sum(len(run["curves"]["loss"]) for run in saved) == epochs
+    assert [run["finished"] for run in saved].count(True) == epochs // 3
+
+
+def test_resume_makes_what_is_missing_and_keeps_the_rest(fake_lab, tmp_path):
+    first = run_cifar10(cifar_settings(tmp_path, budget=40))
+    assert [run["finished"] for run in first] == [True, False]
+    fake_lab.trained.clear()
+    assert len(run_cifar10(cifar_settings(tmp_path))) == 8
+    assert len(fake_lab.trained) == 2 * 7
+    assert fake_lab.trained[:2] == [(0, 0, "SAM", 0), (0, 0, "SAM", 1)]
+    assert len(run_cifar10(cifar_settings(tmp_path, seeds=1))) == 8
+    fake_lab.trained.clear()
+    assert len(run_cifar10(cifar_settings(tmp_path, noise=[80], seeds=1))) == 10
+    assert len(run_cifar10(cifar_settings(tmp_path, resume=False, seeds=1))) == 4
+    assert len(fake_lab.trained) == 2 * (2 + 4)
+
+
+def test_resume_does_not_mix_settings(fake_lab, tmp_path):
+    run_cifar10(cifar_settings(tmp_path))
+    with pytest.raises(loaders.DataError, match="is of --batch 2, not --batch 3"):
+        run_cifar10(cifar_settings(tmp_path, batch=3))
+
+
+def test_noise_leaves_right_all_but_three_methods(tmp_path):
+    runs = cifar10.plan(cifar_settings(tmp_path, methods=None, seeds=1))
+    assert [len(of(runs, noise_percent=noise)) for noise in (0, 60)] == [7, 3]
+    settings = cifar_settings(tmp_path, methods=["ASAM", "ASAM"], seeds=1)
+    assert [run["method"] for run in cifar10.plan(settings)] == ["ASAM", "ASAM"]
+
+
+def test_noise_replaces_exactly_its_part_by_any_class():
+    labels = np.full(5000, 10, np.int32)  # of no class, so that every change shows
+    noisy = cifar10.add_noise(labels, 60, seed=0)
+    assert noisy.dtype == labels.dtype
+    assert np.all(labels == 10)
+    counts = np.bincount(noisy)
+    assert counts[10] == 2000
+    assert np.all(np.abs(counts[:10] - 300) < 70)
+    np.testing.assert_array_equal(noisy, cifar10.add_noise(labels, 60, seed=0))
+    assert np.any(noisy != cifar10.add_noise(labels, 60, seed=1))
+    np.testing.assert_array_equal(cifar10.add_noise(labels, 0, seed=0), labels)
+
+
+def test_a_part_of_sorted_data_has_every_class():
+    labels = np.repeat(np.arange(10), 20)
+    data = loaders.Dataset(labels * 7, labels, labels * 7, labels)
+    part = cifar10.take(data, 60, 70)
+    assert [len(array) for array in part] == [60, 60, 70, 70]
+    for images, kept in (part[:2], part[2:]):
+        np.testing.assert_array_equal(images, kept * 7)  # each with its own label
+        assert len(np.unique(kept)) == 10
+
+
+def test_augmentation_moves_by_up_to_four_pixels_and_mirrors_half():
+    n, size = 400, 32
+    image = np.zeros((size, size, 3), np.uint8)
+    image[..., 0] = np.arange(1, size + 1)[:, None]  # which row, and which column
+    image[..., 1] = np.arange(1, size + 1)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = {}
+    for row in range(9):
+        for start in range(9):
+            window = padded[row : row + size, start : start + size]
+            windows[window.tobytes()] = (row, start, False)
+            windows[window[:, ::-1].tobytes()] = (row, start, True)
+    images = jnp.tile(image, (n, 1, 1, 1))
+    augmented = np.asarray(cifar10.crop_and_flip(jax.random.key(0), images))
+    assert augmented.shape == images.shape
+    assert augmented.dtype == np.uint8
+    rows, starts, flips = zip(*(windows[a.tobytes()] for a in augmented), strict=True)
+    assert set(rows) == set(starts) == set(range(9))
+    assert abs(np.corrcoef(rows, starts)[0, 1]) < 0.2
+    assert abs(np.mean(flips) - 0.5) < 0.1
+
+
+def test_normalized_images_are_of_unit_scale():
+    image = jnp.array(np.array(cifar10.MEAN) * 255)
+    np.testing.assert_allclose(cifar10.normalize(image), 0, atol=1e-6)
+    spread = cifar10.normalize(image + 255 * np.array(cifar10.DEVIATION))
+    np.testing.assert_allclose(spread, 1, rtol=1e-5)
+
+
+def test_the_resnet_is_that_of_the_papers():
+    def count(**settings):
+        model = resnet.ResNet(**settings)
+        variables = jax.eval_shape(
+            lambda key: cifar10.init_variables(model, key), jax.random.key(0)
+        )
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+        return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+    assert count() == 11_173_962
+    assert count(blocks=(1,), width=2, dtype=jnp.bfloat16) == 168
+
+
+MODEL = resnet.ResNet((1,), 2)
+
+
+def random_images(n):
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
+    return x, jnp.array(rng.integers(0, 10, n, np.int32))
+
+
+def train_one_epoch(method, program, batch):
+    x, y = random_images(16)
+    trainer = cifar10.make_trainer(MODEL, method, batch, 1, x, y, program)
+    key = jax.random.key(0)
+    return trainer.epoch(trainer.init(key), key, x, y)
+
+
+def test_an_epoch_is_its_steps():
+    method = cifar10.Method("sam", {"rho": 0.1})
+    scanned, looped = (train_one_epoch(method, p, 8) for p in ("epoch", "step"))
+    assert_trees_close(scanned, looped, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_never_see_the_perturbed_point():
+    methods = (cifar10.Method(training.PLAIN, {}), cifar10.Method("sam", {"rho": 3.0}))
+    plain, sam = (train_one_epoch(method, "step", 16)[0] for method in methods)
+    assert_trees_close(plain.batch_stats, sam.batch_stats, rtol=1e-5)
+    kernels = (state.params["Conv_0"]["kernel"] for state in (plain, sam))
+    assert np.abs(np.subtract(*kernels)).max() > 1e-3
+
+
+def test_evaluation_does_not_depend_on_the_batch():
+    colors = np.random.default_rng(0).integers(0, 256, (16, 1, 1, 3), np.uint8)
+    x = jnp.tile(colors, (1, 32, 32, 1))
+    variables = cifar10.init_variables(MODEL, jax.random.key(0))
+    state = cifar10.State(variables["params"], variables["batch_stats"], None)
+    own = jnp.argmax(MODEL.apply(variables, cifar10.normalize(x), False), axis=-1)
+    assert len(np.unique(own)) > 1
+    for at_once in (1, 7, 16):
+        assert cifar10.accuracy_percent(MODEL, state, x, own, at_once) == 100
+    assert cifar10.accuracy_percent(MODEL, state, x, (own + 1) % 10) == 0
+
+
+def test_a_training_that_diverged_is_measured_as_such():
+    x, y = random_images(4)
+    variables = cifar10.init_variables(MODEL, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, variables["params"])
+    state = cifar10.State(params, variables["batch_stats"], None)
+    loss_fn = cifar10.make_evaluation_loss(MODEL)
+    measured = cifar10.measure_sharpness(loss_fn, state, x, y)
+    assert list(measured) == cifar10.MEASURES
+    assert np.all(np.isnan(list(measured.values())))
+
+
+def test_a_batch_is_no_larger_than_the_data(tmp_path, capsys):
+    write_like_cifar(tmp_path)
+    with pytest.raises(SystemExit):
+        cifar10.main(["--data", str(tmp_path), "--output", str(tmp_path)])
+    assert "--batch: there are 80 training images" in capsys.readouterr().err
+
+
+# --- What the scripts share -----------------------------------------------------------
+
+
 def linear_problem():
     keys = jax.random.split(jax.random.key(0), 3)
     x, y = jax.random.normal(keys[0], (30, 4)), jax.random.normal(keys[1], (30,))
@@ -363,6 +621,11 @@ def test_pairs_are_compared_as_student_does():
         ("mnist_1000", [], "--data"),
         ("which_method", ["--data", "empty"], "t10k-images-idx3-ubyte"),
         ("mnist_1000", ["--gradients", "199"], "200"),
+        ("cifar10", [], "--data"),
+        ("cifar10", ["--data", "empty"], "cifar-10-binary.tar.gz"),
+        ("cifar10", ["--noise", "0", "101"], "'101'"),
+        ("cifar10", ["--methods", "Adam"], "'Adam'"),
+        ("cifar10", ["--budget", "0"], "'0'"),
     ],
     ids=str,
 )

@@ -276,6 +276,22 @@ def test_gradient_norm_and_fisher_trace():
         assert float(trace) == pytest.approx(fisher, rel=1e-12)
 
 
+def test_a_loss_may_hold_a_module_that_has_a_dtype():
+    @dataclasses.dataclass(frozen=True)
+    class Layer:  # as those of Flax
+        dtype: type = jnp.float32
+
+        def apply(self, w, x):
+            return x.astype(self.dtype) @ w
+
+    def loss(layer, w, x):
+        return layer.apply(w, x).mean()
+
+    w, x = jnp.array([3.0, 4.0]), jnp.eye(2)
+    held = jax.tree_util.Partial(loss, Layer())
+    assert float(sharpness.gradient_norm(held, w, (x,))) == pytest.approx(0.5**0.5)
+
+
 # --- In a ball.
 
 

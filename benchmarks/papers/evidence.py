@@ -179,6 +179,14 @@ def carry_out(
     runs = run_all(args, console)
     seconds = time.perf_counter() - start
     print_results(runs, args, console)
+    save_report(name, args, runs, seconds)
+    save_figure(make_figure(runs, args), args.output / f"{name}.png")
+    console.print(f"{seconds:.0f} s; {name}.json and {name}.png are in {args.output}")
+    return 0
+
+
+def save_report(name: str, args, runs: list[dict[str, Any]], seconds: float) -> None:
+    """The JSON; one that was there stays whole until the new one is."""
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": {key: plain(value) for key, value in vars(args).items()},
@@ -188,11 +196,14 @@ def carry_out(
         "seconds": seconds,
         "runs": runs,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    (args.output / f"{name}.json").write_text(text, encoding="utf-8")
-    save_figure(make_figure(runs, args), args.output / f"{name}.png")
-    console.print(f"{seconds:.0f} s; {name}.json and {name}.png are in {args.output}")
-    return 0
+    path = report_path(name, args)
+    unfinished = path.with_suffix(".json.part")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def report_path(name: str, args) -> pathlib.Path:
+    return args.output / f"{name}.json"
 
 
 def save_figure(figure: Figure, path: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ def make_step(
     method: str,
     base: optax.GradientTransformation,
     *,
+    has_aux: bool = False,
     batch_argnums: tuple[int, ...] | None = None,
     m: int | None = None,
     data: sam_optax.DataRule | None = None,
@@ -27,8 +28,9 @@ def make_step(
 
     Returns:
       init: params -> opt_state
-      step: params, opt_state, *batch -> params, opt_state, loss, report. Keyword
-        arguments are those of the function that `sam_value_and_grad` returns.
+      step: params, opt_state, *batch -> params, opt_state, loss, report, where loss is
+        (loss, aux) if loss_fn has_aux. Keyword arguments are those of the function that
+        `sam_value_and_grad` returns.
     """
     if method == PLAIN:
         sam = sam_optax.sam()
@@ -37,8 +39,9 @@ def make_step(
         sam = sam_optax.METHODS[method].make(**hyperparameters)
         ascend = {}
     tx = optax.chain(sam, base)
+    examples = {"batch_argnums": batch_argnums, "m": m, "data": data}
     loss_and_grads = sam_optax.sam_value_and_grad(
-        loss_fn, sam, data=data, batch_argnums=batch_argnums, m=m, report=True
+        loss_fn, sam, has_aux=has_aux, report=True, **examples
     )
 
     def step(params, opt_state, *batch, **arguments):
@@ -56,12 +59,14 @@ def gradients_per_step(method: str) -> int:
     return 1 if method == PLAIN else int(sam_optax.METHODS[method].gradients)
 
 
-def decayed_sgd(steps: int) -> Callable[[Any], optax.GradientTransformation]:
-    """Learning rate -> SGD with momentum 0.9, weight decay 5e-4 and a cosine decay."""
+def decayed_sgd(
+    steps: int, weight_decay: float = 5e-4
+) -> Callable[[Any], optax.GradientTransformation]:
+    """Learning rate -> SGD with momentum 0.9, weight decay and a cosine decay."""
 
     def make_base(learning_rate):
         schedule = optax.cosine_decay_schedule(learning_rate, steps)
-        decay = optax.add_decayed_weights(5e-4)
+        decay = optax.add_decayed_weights(weight_decay)
         return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
 
     return make_base

@@ -24,8 +24,8 @@ class Function:
         if not callable(function):
             raise TypeError(f"A loss must be a function, got {function!r}.")
         leaves, self._structure = jax.tree.flatten(function)
-        self._arrays = [x if hasattr(x, "dtype") else None for x in leaves]
-        self._others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
+        self._arrays = [x if _is_array(x) else None for x in leaves]
+        self._others = tuple(None if _is_array(x) else x for x in leaves)
 
     def __call__(self, *arguments: Any) -> Any:
         leaves = [
@@ -43,6 +43,11 @@ class Function:
         (function._arrays,) = arrays
         function._others, function._structure = static
         return function
+
+
+def _is_array(leaf: Any) -> bool:
+    """By type: modules of Flax, for one, may have a dtype too."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
 def scalar(loss_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
