@@ -17,15 +17,18 @@ from scipy import stats
 import cifar10
 import evidence
 import friendly
+import gsam
 import loaders
+import norms
 import one_example
 import resnet
 import sam_optax
 import training
+import which_method
 from lab import assert_trees_close, assert_trees_equal
 
 SCRIPTS = ["learning_rates", "two_minima", "mnist_1000", "norms", "one_example"]
-SCRIPTS += ["friendly", "m_sharpness", "gsam", "cifar10"]
+SCRIPTS += ["friendly", "m_sharpness", "gsam", "which_method", "cifar10"]
 WITH_DATA = ["mnist_1000", "cifar10"]
 
 
@@ -140,21 +143,146 @@ def test_the_whole_batch_is_m_sharpness_of_one_group(report):
 
 def test_gsam_is_measured_by_its_gap_and_its_eigenvalue(report):
     runs = report("gsam")["runs"]
-    assert {run["method"] for run in runs} == {"gsam", "sam_plus_gap"}
+    found = {(run["method"], run["rho"], run["weight"]) for run in runs}
+    assert found == {
+        ("gsam", 0.1, 0),
+        ("gsam", 0.1, 0.1),
+        ("sam_plus_gap", 0.1, 0.1),
+    }
+    assert len(runs) == len(found) * 2 * 2  # shares of wrong labels, seeds
     for run in runs:
+        assert len(run["gaps"]) == 2
+        assert min(run["gaps"]) > 0
         assert run["estimate"] == pytest.approx(2 * run["gap"] / run["rho"] ** 2)
         assert run["worst_estimate"] > 0.999 * run["estimate"]
         assert run["eigenvalue"] > 0
         assert all(-1 <= cosine <= 1 for cosine in run["cosine"])
 
 
+def test_gsam_is_compared_with_the_sum_of_both_losses():
+    w, x, y = linear_problem()
+    g = jax.grad(loss_fn)(w, x, y)
+    perturbation = 0.3 * g / jnp.linalg.norm(g)
+
+    def both(w):
+        perturbed = loss_fn(w + perturbation, x, y)
+        return perturbed + 0.7 * (perturbed - loss_fn(w, x, y))
+
+    options = {"rho": 0.3, "lam": 0.7}
+    init, step = training.make_step(loss_fn, "sam_plus_gap", optax.sgd(0.1), **options)
+    found, *_ = jax.jit(step)(w, init(w), x, y)
+    assert_trees_close(found, w - 0.1 * jax.grad(both)(w), rtol=1e-5)
+
+
+def test_the_chosen_weight_is_that_of_the_best_validation():
+    def runs(method, weight, validation):
+        setting = {"method": method, "rho": 0.1, "weight": weight, "noise": 40}
+        return [{**setting, "validation_percent": v} for v in validation]
+
+    everything = runs("gsam", 0, (99, 99)) + runs("gsam", 0.1, (80, 90))
+    everything += runs("gsam", 0.2, (95, 70)) + runs("sam_plus_gap", 0.4, (60, 61))
+    groups = gsam.chosen(everything, 40)
+    assert [group[0]["weight"] for group in groups.values()] == [0, 0.1, 0.4]
+
+
+def test_each_line_of_which_method_has_the_same_budget():
+    assert set(sam_optax.METHODS) < set(which_method.ENTRIES)
+    for name, entry in which_method.ENTRIES.items():
+        settings = entry.settings()
+        assert len(settings) == len({tuple(s.items()) for s in settings}) == 8, name
+        count = sam_optax.METHODS.get(name, sam_optax.METHODS["sam"]).gradients
+        if count.isdecimal() and entry.rule is None:
+            assert entry.passes == int(count), name
+
+
+def test_which_method_counts_the_gradients_that_were_taken(report):
+    trained = [r for r in report("which_method")["runs"] if r["on"] != "time"]
+    # Two epochs of 10 steps; LookSAM ascends on 4 of them.
+    expected = {"sgd": 1, "sgd_twice": 2, "sam": 2, "look_sam": 1.2}
+    for method, gradients in expected.items():
+        found = [run["gradients"] for run in trained if run["method"] == method]
+        assert found == pytest.approx([gradients] * len(found)), method
+
+
+def test_which_method_chooses_by_validation_and_is_tested_on_new_seeds(report):
+    runs = [r for r in report("which_method")["runs"] if r["on"] != "time"]
+    for method in ("sgd", "sgd_twice", "sam", "look_sam"):
+        for noise in (0, 40):
+            mine = of(runs, method=method, noise=noise)
+            tuning, tests = of(mine, on="validation"), of(mine, on="test")
+            assert (len(tuning), len(tests)) == (2, 2)
+            best = max(tuning, key=lambda run: run["validation"])
+            for run in tests:
+                assert run["learning_rate"] == best["learning_rate"]
+                assert run["rho"] == best["rho"]
+                assert run["seed"] not in [other["seed"] for other in tuning]
+
+
+def test_which_method_marks_choices_at_the_edge_and_clear_differences():
+    def runs(method, rho, accuracies, on="test"):
+        shared = {"method": method, "task": "digits", "noise": 0, "on": on, "rho": rho}
+        return [{**shared, "test": accuracy} for accuracy in accuracies]
+
+    tests = runs("sgd", None, (90, 92, 91)) + runs("sam", 0.2, (93, 95.1, 94))
+    tests += runs("fsam", 0.1, (93, 95, 94.1))
+    tuning = [
+        run
+        for name in ("sam", "fsam")
+        for rho in (0.1, 0.2, 0.3)
+        for run in runs(name, rho, (0,), on="validation")
+    ]
+    everything = tests + tuning
+    edges = [which_method.edge(everything, run, "rho") for run in (tests[3], tests[6])]
+    assert edges == ["", "*"]
+    case = {"task": "digits", "noise": 0}
+    assert which_method.is_clear(which_method.less(tests, "sam", "sgd", **case))
+    assert not which_method.is_clear(which_method.less(tests, "fsam", "sam", **case))
+
+
+def test_which_method_compares_times_of_the_same_round():
+    seconds = {"sgd": (1.0, 3.0, 1.0), "sgd_twice": (1.0, 3.0, 1.1), "sam": (2, 6.3, 9)}
+    runs = [
+        {"on": "time", "method": method, "task": "digits", "seconds": s}
+        for method, rounds in seconds.items()
+        for s in rounds
+    ]
+    ratios = [which_method.time_ratio(runs, name, "digits") for name in seconds]
+    assert ratios == pytest.approx([1, 2, 2.1])
+
+
+def test_a_step_sees_the_examples_that_its_rule_chooses():
+    w, x, y = linear_problem()
+
+    def losses(w, x, y):
+        return (x @ w - y) ** 2
+
+    ends = []
+    for rule in (None, sam_optax.k_sam(30), sam_optax.k_sam(10)):
+        options = {"batch_argnums": (1, 2), "data": rule, "rho": 0.1}
+        init, step = training.make_step(losses, "sam", optax.sgd(0.1), **options)
+        ends.append(step(w, init(w), x, y)[0])
+    whole, every, some = ends
+    assert_trees_close(whole, every, rtol=1e-5)
+    assert jnp.abs(some - whole).max() > 0.01
+
+
 def test_norms_are_of_one_geometry(report):
-    for run in report("norms")["runs"]:
+    runs = report("norms")["runs"]
+    for run in runs:
         ratio, product = np.array(run["ratio"]), np.array(run["product_over_square"])
         assert np.all(ratio[-2:] < 1)
         assert np.all(product[-2:] > 1)
-    ratios = {run["rho"]: run["ratio"][-1] for run in report("norms")["runs"]}
+    ratios = {run["rho"]: run["ratio"][-1] for run in runs}
     assert ratios[0.01] > ratios[0.05] > ratios[0.2]
+
+
+def test_lenet_sees_rows_as_images():
+    lenet = norms.LeNet()
+    rows = jnp.zeros((5, 64))
+    params = jax.eval_shape(lenet.init, jax.random.key(0), rows)
+    kernels = [params["params"][f"Conv_{i}"]["kernel"].shape for i in (0, 1)]
+    assert kernels == [(3, 3, 1, 6), (3, 3, 6, 16)]
+    assert jax.eval_shape(lenet.apply, params, rows).shape == (5, 10)
 
 
 def test_the_distance_is_of_the_one_example(report):
@@ -491,6 +619,7 @@ def test_pairs_are_compared_as_student_does():
         ("one_example", ["--schedules", "linear"], "'linear'"),
         ("one_example", ["--data", "empty"], "t10k-images-idx3-ubyte"),
         ("mnist_1000", [], "--data"),
+        ("which_method", ["--data", "empty"], "t10k-images-idx3-ubyte"),
         ("mnist_1000", ["--gradients", "199"], "200"),
         ("cifar10", [], "--data"),
         ("cifar10", ["--data", "empty"], "cifar-10-binary.tar.gz"),

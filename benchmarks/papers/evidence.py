@@ -32,9 +32,9 @@ PACKAGES = ("sam_optax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-lear
 class Parser(argparse.ArgumentParser):
     """The options of every script; `quick` has other defaults, for a few seconds."""
 
-    def __init__(self, doc: str, quick: dict[str, Any]):
+    def __init__(self, doc: str | None, quick: dict[str, Any]):
         prog = pathlib.Path(sys.argv[0]).name
-        super().__init__(prog=prog, description=doc.splitlines()[0])
+        super().__init__(prog=prog, description=doc and doc.splitlines()[0])
         self._quick = quick
         self.add_argument(
             "--output",
@@ -123,7 +123,7 @@ def make_table(*columns: str) -> Table:
 # --- Statistics -----------------------------------------------------------------------
 
 
-def describe(values: Sequence[float], digits: int = 1) -> str:
+def describe(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"

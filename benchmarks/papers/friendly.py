@@ -110,9 +110,15 @@ COLORS = {"sgd": "black", "sam": "C1", "fsam": "C0"}  # who is in the other thre
 
 def make_data(seed: int, noise: float):
     """Training images with `noise` % of random labels, validation and test images."""
-    (x, y), validation, test = split(*load_digits(), (TRAIN, VALIDATION), seed)
+    return split_with_noise(load_digits(), (TRAIN, VALIDATION), seed, noise)
+
+
+def split_with_noise(data, sizes: tuple[int, int], seed: int, noise: float):
+    """`split`, with `noise` % of the labels of the first part replaced."""
+    images, labels = data
+    (x, y), validation, test = split(images, labels, sizes, seed)
     rng = np.random.default_rng(seed)
-    replaced = round(TRAIN * noise / 100)
+    replaced = round(len(y) * noise / 100)
     # One in ten random labels is right; the images are in random order by now.
     noisy = np.concatenate([rng.integers(0, 10, replaced), y[replaced:]])
     return (x, noisy.astype(y.dtype)), validation, test
@@ -171,10 +177,10 @@ def run_all(args, console: Console) -> list[dict]:
     runs = []
     with progress(console, len(cases) + len(more)) as advance:
 
-        def run(*case):
-            mine = [train(*case[:3], s, case[3], args) for s in range(args.seeds)]
+        def run(name, setting, noise, size):
+            seeds = range(args.seeds)
+            mine = [train(name, setting, noise, seed, size, args) for seed in seeds]
             runs.extend(mine)
-            name, setting, noise, size = case
             accuracy = describe([r["test"] for r in mine])
             advance(f"{name}, {setting}, noise {noise} %, batch {size}: {accuracy} %")
 

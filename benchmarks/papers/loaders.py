@@ -87,7 +87,7 @@ def load_cifar100(directory: pathlib.Path | str) -> Dataset:
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """The 1,797 images, 8 × 8 and from 0 to 16, that come with scikit-learn."""
-    digits = datasets.load_digits()
+    digits: Any = datasets.load_digits()
     return digits.images.astype(np.uint8), digits.target.astype(np.int32)
 
 
@@ -184,7 +184,10 @@ def _load_cifar(directory, python, binary, parts, classes):
     files = _read_files(version, place, names)
     arrays = []
     for group in parts:
-        read = [_parse_file(version, *files[part], classes) for part in group]
+        read = []
+        for part in group:
+            name, content = files[part]
+            read.append(_parse_file(version, name, content, classes))
         arrays += [np.concatenate(pair) for pair in zip(*read, strict=True)]
     return Dataset(*arrays)
 

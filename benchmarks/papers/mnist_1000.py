@@ -18,7 +18,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -88,7 +88,8 @@ def train_once(data, budget: int, name: str, setting: dict, seed: int, part: str
     """One training of `budget` gradients, with its losses and gap on `part` of data."""
     method = METHODS[name]
     trainer = trainer_of(method.name, method.base)
-    train, validation, test = split(*data, (TRAIN, VALIDATION), seed)
+    images, labels = data
+    train, validation, test = split(images, labels, (TRAIN, VALIDATION), seed)
     examples = {"validation": validation, "test": test}[part]
     key = jax.random.key(seed)
     state = trainer.init(setting, key, train[0])
@@ -146,7 +147,7 @@ def run_all(args, console: Console, data) -> list[dict]:
     return runs
 
 
-def column(runs: list[dict], name: str, key: str) -> list[float]:
+def column(runs: list[dict], name: str, key: str) -> list[Any]:
     """Of the tests of a method, one per seed."""
     return [run[key] for run in runs if run["method"] == name and run["on"] == "test"]
 
@@ -199,7 +200,8 @@ def make_figure(runs: list[dict], args) -> Figure:
         axes.grid(alpha=0.3)
         if key == "train_loss":
             axes.set_yscale("log")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center")
     return figure
 
 

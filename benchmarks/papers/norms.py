@@ -6,15 +6,19 @@ Figures 1 and 3 of Tan et al., "Stabilizing Sharpness-aware Minimization Through
 Simple Renormalization Strategy" (https://arxiv.org/abs/2401.07250), with its radii
 0.01, 0.05 and 0.2: the ratio ‖g‖/‖gᵃ‖, and whether ⟨gᵃ, g⟩ is larger than ‖g‖². The
 paper trains a ResNet-18 on CIFAR-100 for 200 epochs; here it is a multilayer perceptron
-on scikit-learn's digits, with the paper's other settings but the smoothing of labels:
-batches of 128, momentum 0.9, weight decay 5e-4, learning rate 0.1 with a cosine decay.
+and a small LeNet on scikit-learn's digits, with the paper's other settings but the
+smoothing of labels: batches of 128, momentum 0.9, weight decay 5e-4, learning rate 0.1
+with a cosine decay.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax import linen as nn
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -34,30 +38,51 @@ TITLES = {
 }
 
 
+class LeNet(nn.Module):
+    """Two convolutions and three dense layers, for small square images as rows."""
+
+    @nn.compact
+    def __call__(self, x):
+        side = math.isqrt(x.shape[-1])
+        x = x.reshape(-1, side, side, 1)
+        for features in (6, 16):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return MLP((120, 84, 10))(x.reshape(len(x), -1))
+
+
+NETWORKS = {"MLP": MLP((256, 256, 10)), "LeNet": LeNet()}
+
+
 def run_all(args, console: Console) -> list[dict]:
     steps = args.epochs * (TRAIN // BATCH_SIZE)
-
-    model = MLP((256, 256, 10))
-    trainer = make_trainer(model, "sam", decayed_sgd(steps), BATCH_SIZE)
+    base = decayed_sgd(steps)
+    trainers = {
+        name: make_trainer(NETWORKS[name], "sam", base, BATCH_SIZE)
+        for name in args.networks
+    }
+    cases = list(itertools.product(trainers, RHOS, range(args.seeds)))
     runs = []
-    with progress(console, len(RHOS) * args.seeds) as advance:
-        for rho in RHOS:
-            for seed in range(args.seeds):
-                train, test = split(*load_digits(), (TRAIN,), seed)
-                key, hyper = jax.random.key(seed), {"learning_rate": LEARNING_RATE}
-                hyper["rho"] = rho
-                state = trainer.init(hyper, key, train[0])
-                reports = []
-                for _ in range(args.epochs):
-                    state, (_, report) = trainer.epoch(state, hyper, key, *train)
-                    reports.append(report)
-                _, accuracy = trainer.evaluate(state, *test)
-                runs.append(
-                    {"rho": rho, "seed": seed, "accuracy_percent": float(accuracy)}
-                    | summarize(reports)
-                )
-                advance(f"ρ = {rho:g}, seed {seed}: test accuracy {accuracy:.1f} %")
+    with progress(console, len(cases)) as advance:
+        for name, rho, seed in cases:
+            trainer = trainers[name]
+            train, test = split(*load_digits(), (TRAIN,), seed)
+            key, hyper = jax.random.key(seed), {"learning_rate": LEARNING_RATE}
+            hyper["rho"] = rho
+            state = trainer.init(hyper, key, train[0])
+            reports = []
+            for _ in range(args.epochs):
+                state, (_, report) = trainer.epoch(state, hyper, key, *train)
+                reports.append(report)
+            accuracy = float(trainer.evaluate(state, *test)[1])
+            run = {"network": name, "rho": rho, "seed": seed}
+            runs.append(run | {"accuracy_percent": accuracy} | summarize(reports))
+            advance(f"{name}, ρ = {rho:g}, seed {seed}: test accuracy {accuracy:.1f} %")
     return runs
+
+
+def of(runs: list[dict], network: str, rho: float) -> list[dict]:
+    return [run for run in runs if (run["network"], run["rho"]) == (network, rho)]
 
 
 def summarize(reports: list) -> dict[str, list[float]]:
@@ -82,34 +107,38 @@ def stage(run: dict, key: str, part: tuple[float, float]) -> float:
 
 
 def print_results(runs: list[dict], args, console: Console) -> None:
-    table = make_table("rho", "", *STAGES)
-    for rho in RHOS:
-        for key, title in TITLES.items():
-            mine = [run for run in runs if run["rho"] == rho]
-            digits = 1 if key == "larger_percent" else 3
-            cells = (
-                describe([stage(run, key, part) for run in mine], digits)
-                for part in STAGES.values()
-            )
-            table.add_row(f"{rho:g}", title, *cells)
+    table = make_table("network", "rho", "", *STAGES)
+    pairs = [(name, rho) for name in args.networks for rho in RHOS]
+    for (name, rho), key in itertools.product(pairs, TITLES):
+        digits = 1 if key == "larger_percent" else 3
+        cells = (
+            describe([stage(run, key, part) for run in of(runs, name, rho)], digits)
+            for part in STAGES.values()
+        )
+        table.add_row(name, f"{rho:g}", TITLES[key], *cells)
     console.print(table)
+    for name, rho in pairs:
+        accuracies = [run["accuracy_percent"] for run in of(runs, name, rho)]
+        console.print(f"{name}, ρ = {rho:g}: test accuracy {describe(accuracies)} %")
 
 
 def make_figure(runs: list[dict], args) -> Figure:
-    figure = Figure((8, 3.2), layout="constrained")
+    figure = Figure((8, 0.4 + 2.8 * len(args.networks)), layout="constrained")
+    panels = figure.subplots(len(args.networks), 2, squeeze=False)
     shown = list(TITLES)[:2]  # the third is 100 % almost everywhere
-    for axes, key in zip(figure.subplots(1, 2), shown, strict=True):
+    cases = itertools.product(args.networks, shown)
+    for axes, (name, key) in zip(panels.flat, cases, strict=True):
         for rho in RHOS:
-            curves = np.array([run[key] for run in runs if run["rho"] == rho])
+            curves = np.array([run[key] for run in of(runs, name, rho)])
             epochs = range(1, curves.shape[1] + 1)
             axes.plot(epochs, curves.mean(axis=0), label=f"ρ = {rho:g}", lw=1.2)
             low, high = curves.min(axis=0), curves.max(axis=0)
             axes.fill_between(epochs, low, high, alpha=0.2, lw=0)
-        axes.set_title(TITLES[key], fontsize="medium")
+        axes.set_title(f"{name}: {TITLES[key]}", fontsize="medium")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.set_yscale("log")
-        axes.set_ylim(*((0.08, 1.2) if key == "ratio" else (0.9, 15)))
+        axes.set_ylim(*((0.05, 2) if key == "ratio" else (0.5, 20)))
         axes.yaxis.set_major_formatter("{x:g}")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center")
@@ -117,9 +146,10 @@ def make_figure(runs: list[dict], args) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, {"seeds": 2, "epochs": 5})
+    parser = Parser(__doc__, {"seeds": 2, "epochs": 5, "networks": ["MLP"]})
     parser.count("seeds", 5, "trainings with each radius")
     parser.count("epochs", 200, "passes over the training images")
+    parser.names("networks", list(NETWORKS), "to train")
     args = parser.parse(argv)
     return carry_out(NAME, args, run_all, print_results, make_figure)
 

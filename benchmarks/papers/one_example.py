@@ -20,6 +20,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +81,13 @@ def distance(w, other):
     return optax.tree.norm(jax.tree.map(jnp.subtract, w, other)) / jnp.sqrt(squares)
 
 
-def train_both(trainer, hyper, data, seed: int, epochs: int) -> dict[str, list[float]]:
+def train_both(trainer, hyper, data, seed: int, epochs: int) -> dict[str, Any]:
     """The measures after each epoch; errors are those of the training on S."""
     first, second, test = data
     key = jax.random.key(seed)
     w = other = trainer.init(hyper, key, first[0])
     curves = {measure: [] for measure in MEASURES}
+    test_accuracy = float("nan")
     for _ in range(epochs):
         w, _ = trainer.epoch(w, hyper, key, *first)
         other, _ = trainer.epoch(other, hyper, key, *second)

@@ -21,6 +21,7 @@ def make_step(
     has_aux: bool = False,
     batch_argnums: tuple[int, ...] | None = None,
     m: int | None = None,
+    data: sam_optax.DataRule | None = None,
     **hyperparameters: Any,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A step of a method of `sam_optax.METHODS`, or of `base` alone.
@@ -38,8 +39,9 @@ def make_step(
         sam = sam_optax.METHODS[method].make(**hyperparameters)
         ascend = {}
     tx = optax.chain(sam, base)
+    examples = {"batch_argnums": batch_argnums, "m": m, "data": data}
     loss_and_grads = sam_optax.sam_value_and_grad(
-        loss_fn, sam, has_aux=has_aux, batch_argnums=batch_argnums, m=m, report=True
+        loss_fn, sam, has_aux=has_aux, report=True, **examples
     )
 
     def step(params, opt_state, *batch, **arguments):
@@ -99,7 +101,7 @@ class Trainer(NamedTuple):
     """
 
     init: Callable[..., State]  # (hyper, key, x)
-    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, reports)
+    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, seen)
     evaluate: Callable[..., tuple]  # (state, x, y) -> mean loss, accuracy in %
 
 
@@ -110,6 +112,8 @@ def make_trainer(
     batch_size: int,
     arguments: Callable[..., dict[str, Any]] | None = None,
     m: int | None = None,
+    data: sam_optax.DataRule | None = None,
+    watch: Callable[[sam_optax.Report], Any] = lambda report: report,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
@@ -121,16 +125,20 @@ def make_trainer(
       arguments: (loss_fn, params, key, index, x, y) -> further arguments of the step,
         where index says which examples of x and y are in the batch.
       m: examples that share a perturbation; None for the whole batch.
+      data: which examples each of the two gradients sees; None for the whole batch.
+      watch: what an epoch returns of the report of each step, as an array over them.
+        What is not watched takes no time.
     """
 
     def loss_fn(params, x, y):
-        logits = model.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        logits: Any = model.apply(params, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses if data else losses.mean()  # rules may choose by the losses
 
     def build(hyper):
         method_hyper = {k: v for k, v in hyper.items() if k != "learning_rate"}
         base = make_base(hyper["learning_rate"])
-        examples = {"batch_argnums": (1, 2), "m": m}
+        examples = {"batch_argnums": (1, 2), "m": m, "data": data}
         return make_step(loss_fn, method, base, **examples, **method_hyper)
 
     def init(hyper, key, x):  # not jitted, so that its parts are compiled but once
@@ -150,17 +158,17 @@ def make_trainer(
             index, key = inputs
             more = arguments(loss_fn, params, key, index, x, y) if arguments else {}
             *carry, loss, report = step(params, opt_state, x[index], y[index], **more)
-            return tuple(carry), (loss, report)
+            return tuple(carry), (loss, watch(report))
 
         keys = jax.random.split(step_key, steps)
-        carry, seen = jax.lax.scan(
+        (params, opt_state), seen = jax.lax.scan(
             body, (state.params, state.opt_state), (batches, keys)
         )
-        return State(*carry, state.epoch + 1), seen
+        return State(params, opt_state, state.epoch + 1), seen
 
     @jax.jit
     def evaluate(state, x, y):
-        logits = model.apply(state.params, x)
+        logits: Any = model.apply(state.params, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean(), 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
