@@ -200,8 +200,7 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
 
     def quarter_by_hand(params, state, x, y):
         part = len(x) // 4
-        loss = loss_fn(params, x, y)
-        g = jax.grad(loss_fn)(params, x[:part], y[:part])
+        loss, g = jax.value_and_grad(loss_fn)(params, x[:part], y[:part])
         norm = optax.tree.norm(g)
         point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
         return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
