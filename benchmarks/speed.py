@@ -138,15 +138,21 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         updates, state = base.update(d, state, params)
         return optax.apply_updates(params, updates), state
 
+    def perturbed(params, u):
+        norm = optax.tree.norm(u)
+        return jax.tree.map(lambda w, u: w + RHO / norm * u, params, u)
+
+    def averaged(ema, g, decay):
+        return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, ema, g)
+
     def plain(params, state, x, y):
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
         return *descend(params, state, g), loss
 
     def by_hand(params, state, x, y):
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
-        norm = optax.tree.norm(g)
-        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
-        return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
+        d = jax.grad(loss_fn)(perturbed(params, g), x, y)
+        return *descend(params, state, d), loss
 
     def gsam_by_hand(params, state, x, y):
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
@@ -174,36 +180,30 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
     def fsam_by_hand(params, state, x, y):
         ema, state = state
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
-        ema = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, ema, g)
-        h = optax.tree.sub(g, ema)
-        norm = optax.tree.norm(h)
-        point = jax.tree.map(lambda w, h: w + RHO / norm * h, params, h)
+        ema = averaged(ema, g, decay=0.9)
+        point = perturbed(params, optax.tree.sub(g, ema))
         params, state = descend(params, state, jax.grad(loss_fn)(point, x, y))
         return params, (ema, state), loss
 
     def stable_sam_by_hand(params, state, x, y):
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
-        norm = optax.tree.norm(g)
-        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
-        ga = jax.grad(loss_fn)(point, x, y)
-        d = optax.tree.scale(norm / optax.tree.norm(ga), ga)
+        ga = jax.grad(loss_fn)(perturbed(params, g), x, y)
+        d = optax.tree.scale(optax.tree.norm(g) / optax.tree.norm(ga), ga)
         return *descend(params, state, d), loss
 
     def vasso_by_hand(params, state, x, y):
         ema, state = state
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
-        ema = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, ema, g)
-        norm = optax.tree.norm(ema)
-        point = jax.tree.map(lambda w, m: w + RHO / norm * m, params, ema)
+        ema = averaged(ema, g, decay=0.8)
+        point = perturbed(params, ema)
         params, state = descend(params, state, jax.grad(loss_fn)(point, x, y))
         return params, (ema, state), loss
 
     def quarter_by_hand(params, state, x, y):
         part = len(x) // 4
         loss, g = jax.value_and_grad(loss_fn)(params, x[:part], y[:part])
-        norm = optax.tree.norm(g)
-        point = jax.tree.map(lambda w, g: w + RHO / norm * g, params, g)
-        return *descend(params, state, jax.grad(loss_fn)(point, x, y)), loss
+        d = jax.grad(loss_fn)(perturbed(params, g), x, y)
+        return *descend(params, state, d), loss
 
     def with_ema(params):
         return optax.tree.zeros_like(params), base.init(params)
@@ -358,7 +358,9 @@ def measure_case(
     programs = _compile(steps, params, batch, compiles, advance)
     others = {}
     if any("PyTorch" in name for name in wanted) and case.model in ("mlp", "resnet"):
-        others = torch_steps.make_calls(case.model, params, batch)
+        others = torch_steps.make_calls(
+            case.model, params, batch, rho=RHO, learning_rate=LEARNING_RATE
+        )
     times = _time(programs, others, params, batch, rounds, advance)
     costs = {
         name: Costs(

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-RHO, LEARNING_RATE = 0.05, 0.01
-
 
 def make_calls(
-    name: str, params: Any, batch: Sequence[jax.Array]
+    name: str,
+    params: Any,
+    batch: Sequence[jax.Array],
+    *,
+    rho: float,
+    learning_rate: float,
 ) -> dict[str, Callable[[], float]]:
     """Names of steps -> calls that take one and return the loss.
 
@@ -56,7 +59,7 @@ def make_calls(
             kept = [w.clone() for w in leaves]
             norm = torch.stack([w.grad.norm() for w in leaves]).norm()
             for w in leaves:
-                w.add_(w.grad * (RHO / norm))
+                w.add_(w.grad * (rho / norm))
         backward(optimizer, leaves, structure)
         with torch.no_grad():
             for w, before in zip(leaves, kept, strict=True):
@@ -67,7 +70,7 @@ def make_calls(
     calls = {}
     for label, step in (("PyTorch, plain", plain), ("PyTorch, SAM", sam)):
         leaves, structure = make_weights()
-        optimizer = torch.optim.SGD(leaves, lr=LEARNING_RATE)
+        optimizer = torch.optim.SGD(leaves, lr=learning_rate)
         calls[label] = functools.partial(step, optimizer, leaves, structure)
     return calls
 

@@ -256,7 +256,12 @@ def _is_rounding_of(whole: Tree, size_of_part: jax.Array) -> jax.Array:
 
 def cosine(x: Tree, y: Tree) -> jax.Array:
     """Cosine of the angle between two trees; 0 where either is zero."""
-    return dot(unit(x), unit(y))
+    (shrink_x, square_x), (shrink_y, square_y) = measure(x), measure(y)
+    x, y = at_least_float32(x), at_least_float32(y)
+    shrink_x, x, shrink_y, y = _afresh((shrink_x, x, shrink_y, y))
+    lengths = jnp.sqrt(square_x) * jnp.sqrt(square_y)
+    overlap = dot(scale(shrink_x, x), scale(shrink_y, y))
+    return overlap / jnp.where(lengths == 0, 1, lengths)
 
 
 def size(tree: Tree) -> int:

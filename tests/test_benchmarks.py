@@ -22,11 +22,19 @@ PASSES = {"asam": 3, "fsam": 6, "gsam": 4, "stable_sam": 1, "vasso": 6}
 PATH = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def speed():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PATH)
-        yield importlib.import_module("speed")
+def script(name):
+    """A fixture that imports a script of the directory."""
+
+    @pytest.fixture(scope="module", name=name)
+    def imported():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(PATH)
+            yield importlib.import_module(name)
+
+    return imported
+
+
+speed, designs, quality = map(script, ("speed", "designs", "quality"))
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +150,6 @@ def test_what_moves_is_read_and_written_once_and_not_in_a_branch(speed):
     assert moved[1] < 2 * x.nbytes  # to look at x[0] counts as x
 
 
-@pytest.fixture(scope="module")
-def designs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PATH)
-        yield importlib.import_module("designs")
-
-
 def test_all_designs_take_the_same_step(designs):
     model = designs.MODELS["mlp"]
     params = model.init(jax.random.key(0), 4)
@@ -178,13 +179,6 @@ def test_designs_are_compared(designs, capsys):
     printed = capsys.readouterr().out
     assert "over two gradients" in printed
     assert "fsam, average in bfloat16" in printed
-
-
-@pytest.fixture(scope="module")
-def quality():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PATH)
-        yield importlib.import_module("quality")
 
 
 def test_quality_counts_gradients_and_compares_with_sam(quality, tmp_path, capsys):

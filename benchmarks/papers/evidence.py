@@ -120,6 +120,19 @@ def make_table(*columns: str) -> Table:
     return table
 
 
+# --- Runs, as dicts -------------------------------------------------------------------
+
+
+def of(runs: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Those with these values."""
+    return [run for run in runs if all(run[k] == v for k, v in wanted.items())]
+
+
+def column(runs: list[dict[str, Any]], key: str, **wanted: Any) -> list[Any]:
+    """One value of each run with these values."""
+    return [run[key] for run in of(runs, **wanted)]
+
+
 # --- Statistics -----------------------------------------------------------------------
 
 

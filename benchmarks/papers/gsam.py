@@ -31,9 +31,11 @@ from rich.console import Console
 from evidence import (
     Parser,
     carry_out,
+    column,
     compare_pairs,
     describe,
     make_table,
+    of,
     progress,
 )
 from friendly import BATCH_SIZE, RATE, TRAIN, make_data
@@ -116,14 +118,6 @@ def run_all(args, console: Console) -> list[dict]:
                 f"{noise} % noise, {method}, ρ {rho:g}, {SYMBOLS[method]} {weight:g}"
             )
     return runs
-
-
-def of(runs: list[dict], **wanted) -> list[dict]:
-    return [run for run in runs if all(run[k] == v for k, v in wanted.items())]
-
-
-def column(runs: list[dict], key: str) -> list[Any]:
-    return [run[key] for run in runs]
 
 
 def values(runs: list[dict], key: str) -> list[Any]:

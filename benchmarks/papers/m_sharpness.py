@@ -21,6 +21,7 @@ from rich.console import Console
 from evidence import (
     Parser,
     carry_out,
+    column,
     compare_pairs,
     describe,
     make_table,
@@ -62,10 +63,6 @@ def run_all(args, console: Console) -> list[dict]:
                 runs.append({"m": m, "noise": noise, "rho": rho, "seed": seed} | found)
             advance(f"m = {m}, {noise} % noise, rho {rho:g}")
     return runs
-
-
-def column(runs: list[dict], key: str, **wanted) -> list[float]:
-    return [run[key] for run in runs if all(run[k] == v for k, v in wanted.items())]
 
 
 def chosen_radius(runs: list[dict], m: int, noise: float) -> float:

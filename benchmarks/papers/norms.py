@@ -22,7 +22,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from evidence import Parser, carry_out, describe, make_table, progress
+from evidence import Parser, carry_out, describe, make_table, of, progress
 from loaders import load_digits, split
 from training import MLP, decayed_sgd, make_trainer
 
@@ -81,10 +81,6 @@ def run_all(args, console: Console) -> list[dict]:
     return runs
 
 
-def of(runs: list[dict], network: str, rho: float) -> list[dict]:
-    return [run for run in runs if (run["network"], run["rho"]) == (network, rho)]
-
-
 def summarize(reports: list) -> dict[str, list[float]]:
     """Means over each epoch, of the steps of a batch each."""
     g, ga, cosine = (
@@ -112,13 +108,18 @@ def print_results(runs: list[dict], args, console: Console) -> None:
     for (name, rho), key in itertools.product(pairs, TITLES):
         digits = 1 if key == "larger_percent" else 3
         cells = (
-            describe([stage(run, key, part) for run in of(runs, name, rho)], digits)
+            describe(
+                [stage(run, key, part) for run in of(runs, network=name, rho=rho)],
+                digits,
+            )
             for part in STAGES.values()
         )
         table.add_row(name, f"{rho:g}", TITLES[key], *cells)
     console.print(table)
     for name, rho in pairs:
-        accuracies = [run["accuracy_percent"] for run in of(runs, name, rho)]
+        accuracies = [
+            run["accuracy_percent"] for run in of(runs, network=name, rho=rho)
+        ]
         console.print(f"{name}, ρ = {rho:g}: test accuracy {describe(accuracies)} %")
 
 
@@ -129,7 +130,7 @@ def make_figure(runs: list[dict], args) -> Figure:
     cases = itertools.product(args.networks, shown)
     for axes, (name, key) in zip(panels.flat, cases, strict=True):
         for rho in RHOS:
-            curves = np.array([run[key] for run in of(runs, name, rho)])
+            curves = np.array([run[key] for run in of(runs, network=name, rho=rho)])
             epochs = range(1, curves.shape[1] + 1)
             axes.plot(epochs, curves.mean(axis=0), label=f"ρ = {rho:g}", lw=1.2)
             low, high = curves.min(axis=0), curves.max(axis=0)

@@ -30,7 +30,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.console import Console
 
-from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
+from evidence import (
+    Parser,
+    carry_out,
+    compare_pairs,
+    describe,
+    make_table,
+    of,
+    progress,
+)
 from training import PLAIN, make_step
 
 NAME = "two_minima"
@@ -120,12 +128,8 @@ def run_all(args, console: Console) -> list[dict]:
         return run_valley(args, advance) + run_two_minima(args, advance)
 
 
-def of(runs: list[dict], function: str) -> list[dict]:
-    return [run for run in runs if run["function"] == function]
-
-
 def print_results(runs: list[dict], args, console: Console) -> None:
-    gd, *others = of(runs, "valley")
+    gd, *others = of(runs, function="valley")
     # Where GD ends as in the review, on how many starts, and where SAM does from these.
     alike = np.abs(np.subtract(gd["eigenvalues"], REVIEW["GD"])) < 0.01
     table = make_table(
@@ -145,10 +149,10 @@ def print_results(runs: list[dict], args, console: Console) -> None:
         )
     console.print("(x − 1)² y²:", table)
 
-    rates = sorted({run["learning_rate"] for run in of(runs, "two minima")})
+    rates = sorted({run["learning_rate"] for run in of(runs, function="two minima")})
     table = make_table("flat / sharp / beside, %", *(f"{rate:.1e}" for rate in rates))
     for rho in RHOS:
-        row = [run for run in of(runs, "two minima") if run["rho"] == rho]
+        row = [run for run in of(runs, function="two minima") if run["rho"] == rho]
         cells = (
             "/".join(f"{run[f'{end}_percent']:.0f}" for end in ENDS) for run in row
         )
@@ -159,7 +163,7 @@ def print_results(runs: list[dict], args, console: Console) -> None:
 def make_figure(runs: list[dict], args) -> Figure:
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    gd, *others = of(runs, "valley")
+    gd, *others = of(runs, function="valley")
     for run in others:
         if run["rho"] in (1e-5, 0.01, 0.1):
             label = f"SAM, ρ = {run['rho']:g}"
@@ -173,7 +177,7 @@ def make_figure(runs: list[dict], args) -> Figure:
     left.legend(fontsize="small", markerscale=1.5)
     left.grid(alpha=0.3)
 
-    rows = of(runs, "two minima")
+    rows = of(runs, function="two minima")
     rates = sorted({run["learning_rate"] for run in rows})
     for i, run in enumerate(rows):
         at, bottom = i % len(rates), i // len(rates) - 0.5

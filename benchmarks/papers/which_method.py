@@ -40,7 +40,16 @@ from rich.table import Table
 from scipy import stats
 
 import sam_optax
-from evidence import Parser, carry_out, compare_pairs, describe, make_table, progress
+from evidence import (
+    Parser,
+    carry_out,
+    column,
+    compare_pairs,
+    describe,
+    make_table,
+    of,
+    progress,
+)
 from friendly import split_with_noise
 from loaders import DataError, load_digits, load_mnist_test
 from training import MLP, PLAIN, Trainer, decayed_sgd, make_trainer
@@ -227,14 +236,6 @@ def run_all(args, console: Console, data) -> list[dict]:
             accuracy = describe(column(tests, "test"))
             advance(f"{name}, {task}, {noise} % noise, {best}: {accuracy} %")
     return runs + [run for task in data for run in measure_times(args, data, task)]
-
-
-def column(runs: list[dict], key: str) -> list[Any]:
-    return [run[key] for run in runs]
-
-
-def of(runs: list[dict], **wanted) -> list[dict]:
-    return [run for run in runs if all(run[k] == v for k, v in wanted.items())]
 
 
 def tests_of(runs: list[dict], **wanted) -> list[dict]:
