@@ -164,6 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--width", type=int, help="(default: the model's own)")
     parser.add_argument("--batch", type=int, help="(default: the model's own)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the computation; parameters are float32 (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument(
         "--compiles", type=int, default=3, help="the fastest counts (default: 3)"
@@ -175,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         width, size = args.width or model.width, args.batch or model.batch
         params = model.init(jax.random.key(0), width)
         batch = make_batch(model, size)
-        loss_fn = make_loss(model.predict, jnp.float32)
+        loss_fn = make_loss(model.predict, jnp.dtype(args.dtype))
         leaves = jax.tree.leaves(params)
         count = sum(w.size for w in leaves)
         print(

@@ -1,13 +1,15 @@
 """What benchmarks share: programs timed in turn, and compared as ratios."""
 
 import math
+import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Program(NamedTuple):
@@ -39,7 +41,9 @@ def compile_program(
             return function(*arguments)
 
         start = time.perf_counter()
-        compiled = jax.jit(fresh, donate_argnums=donate).lower(*arguments).compile()
+        # What is donated and not used gives its memory to a result.
+        jitted = jax.jit(fresh, donate_argnums=donate, keep_unused=True)
+        compiled = jitted.lower(*arguments).compile()
         return time.perf_counter() - start, compiled
 
     seconds, compiled = min((compile_once() for _ in range(times)), key=lambda t: t[0])
@@ -94,21 +98,48 @@ def time_in_turn(
     calls: dict[str, Callable[[], Any]],
     rounds: int,
     tell: Callable[[], Any] = lambda: None,
+    pause: float = 0,
 ) -> dict[str, list[float]]:
     """Seconds of each round; a round makes every call once, and `tell` hears of it.
 
-    Every other round goes backwards, so that no call always follows the same one.
+    In an order drawn anew for each round, because a call that follows itself finds its
+    data in the cache. Before each call comes a pause, in seconds, for the threads of
+    the one before to fall asleep.
     """
+    order, draw = list(calls), random.Random(0)
     for call in calls.values():  # the first run of a program is not like the next
         jax.block_until_ready(call())
     times = {name: [] for name in calls}
-    for index in range(rounds):
-        for name in reversed(calls) if index % 2 else calls:
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(calls[name]())
             times[name].append(time.perf_counter() - start)
         tell()
     return times
+
+
+def bandwidth(size: int) -> float:
+    """Bytes per second that SGD on one float32 array of this size reads and writes.
+
+    Of the fastest of three runs of many steps, so that only the device counts.
+    """
+    steps = max(4, 2**27 // size)
+
+    def descend(w, g):
+        return jax.lax.fori_loop(0, steps, lambda _, w: w - 0.1 * g, w)
+
+    w, g = jnp.zeros(size), jnp.ones(size)
+    run = jax.jit(descend, donate_argnums=0).lower(w, g).compile()
+    w = jax.block_until_ready(run(w, g))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        w = jax.block_until_ready(run(w, g))
+        seconds.append(time.perf_counter() - start)
+    return 3 * steps * g.nbytes / min(seconds)
 
 
 class Spread(NamedTuple):
@@ -122,7 +153,7 @@ class Spread(NamedTuple):
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def ratios(times: Sequence[float], reference: Sequence[float]) -> Spread:
+def ratios(times: Iterable[float], reference: Iterable[float]) -> Spread:
     """Of the two times of one round: these hold where single times do not, on machines
     that are shared and noisy."""
     pairs = [a / b for a, b in zip(times, reference, strict=True)]

@@ -5,12 +5,18 @@
 On a perceptron whose parameters dominate, a small residual network and a small
 transformer, the steps below run in turn within one process: plain SGD, two gradients
 written by hand, `sam_optax.sam` through both doors, `optax.contrib.sam`, the methods
-over `sam`, and what is cheaper than two gradients over plain SGD. Printed are medians
-of the ratios of one round with the range that holds half of them, beside what the
-compiler counts (flops, bytes accessed, temporary memory), the bytes that instructions
-outside of branches move, the passes over the parameters, and at the end each target
-with what was measured. `speed.json` and `speed.png` in the output directory hold the
-same. `--quick` takes two minutes.
+over `sam`, and what is cheaper than two gradients over plain SGD. Printed are
+
+- medians of the ratios of one round with the range that holds half of them, beside what
+  the compiler counts (flops, bytes accessed, temporary memory), the time it takes, and
+  the bytes that instructions outside of branches move;
+- the share of a step that is not its two gradients, beside the share that the fewest
+  passes over the parameters would take, as fast as SGD makes passes over one array of
+  their size;
+- each target with what was measured.
+
+`speed.json` and `speed.png` in the output directory hold the same. `--quick` takes two
+minutes.
 
     python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
     python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16
@@ -35,7 +41,14 @@ import jax.numpy as jnp
 import optax
 import torch_steps
 from matplotlib.figure import Figure
-from measure import Program, Spread, compile_program, ratios, time_in_turn
+from measure import (
+    Program,
+    Spread,
+    bandwidth,
+    compile_program,
+    ratios,
+    time_in_turn,
+)
 from models import MODELS, make_batch, make_loss
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -43,7 +56,8 @@ from rich.table import Table
 
 import sam_optax
 
-RHO, LEARNING_RATE, ALPHA, ETA = 0.05, 0.01, 0.4, 0.01
+RHO, LEARNING_RATE, ETA = 0.05, 0.01, 0.01
+GSAM_ALPHA, LOOK_SAM_ALPHA = 0.4, 0.7
 
 # What is compared, and with what.
 COMPARISONS = [
@@ -67,10 +81,13 @@ COMPARISONS = [
     ("stable_sam", "sam, door 1"),
     ("vasso", "sam, door 1"),
     ("look_sam, k = 5", "plain SGD"),
+    ("look_sam, k = 5", "look_sam by hand"),
     ("rst, p = 0.5", "plain SGD"),
+    ("rst, p = 0.5", "rst by hand"),
     ("sam, a quarter ascends", "plain SGD"),
     ("sam, a quarter ascends", "a quarter by hand"),
     ("random_sam", "plain SGD"),
+    ("random_sam", "random_sam by hand"),
     ("report unused", "sam, door 1"),
     ("report used", "sam, door 1"),
     ("fsam", "fsam, no guard"),
@@ -79,12 +96,25 @@ COMPARISONS = [
 # A step of these is the mean of others, of which a Python decision takes one.
 MEANS = {
     "look_sam, k = 5": {"look_sam, ascends": 1 / 5, "look_sam, does not": 4 / 5},
+    "look_sam by hand": {
+        "look_sam by hand, ascends": 1 / 5,
+        "look_sam by hand, does not": 4 / 5,
+    },
     "rst, p = 0.5": {"rst, ascends": 1 / 2, "rst, does not": 1 / 2},
+    "rst by hand": {"by hand": 1 / 2, "plain SGD": 1 / 2},
 }
 
-# Passes over the parameters that the equation adds to those of SAM, if whatever can run
-# between two norms is one loop; derived in docs/cost.md.
-FEWEST_PASSES = {"asam": 1, "fsam": 3, "gsam": 3, "stable_sam": 1, "vasso": 3}
+# Passes over the parameters that a step needs beside its two gradients, if whatever
+# can run between two norms is one loop; derived in docs/cost.md.
+METHODS = ("asam", "fsam", "gsam", "stable_sam", "vasso")
+SAM_PASSES = dict.fromkeys(("by hand", "sam, door 1", "sam, door 2"), 7)
+METHOD_PASSES = dict(zip(METHODS, (8, 10, 10, 8, 10), strict=True))
+FEWEST_PASSES = {
+    **SAM_PASSES,
+    **METHOD_PASSES,
+    **{f"{name} by hand": passes for name, passes in METHOD_PASSES.items()},
+}
+ALONE = "two gradients alone"
 
 
 class Target(NamedTuple):
@@ -107,10 +137,7 @@ TARGETS = [
     ),
     *(Target(door, "by hand", "compile", 1.05) for door in DOORS),
     *(Target(door, "optax.contrib.sam, opaque", "time", 1.0) for door in DOORS),
-    *(
-        Target(name, "sam, door 1", "time", 1.05, CONVOLUTIONAL)
-        for name in FEWEST_PASSES
-    ),
+    *(Target(name, "sam, door 1", "time", 1.05, CONVOLUTIONAL) for name in METHODS),
     Target("look_sam, k = 5", "plain SGD", "time", 1.30),
     Target("rst, p = 0.5", "plain SGD", "time", 1.60),
     Target("sam, a quarter ascends", "plain SGD", "time", 1.35),
@@ -149,6 +176,14 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
         return *descend(params, state, g), loss
 
+    def gradients_alone(params, state, x, y):
+        point, *_ = state  # the last gradients, whose place the next ones take
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        # The second waits for all of the first, as it does in a step.
+        seen = sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(g))
+        x = jnp.where(jnp.isnan(seen), 0, x)
+        return params, (point, g, jax.grad(loss_fn)(point, x, y)), loss
+
     def by_hand(params, state, x, y):
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
         d = jax.grad(loss_fn)(perturbed(params, g), x, y)
@@ -164,7 +199,7 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         ua = jax.tree.map(lambda g: g / robust_length, ga)
         cosine = optax.tree.vdot(u, ua)
         d = jax.tree.map(
-            lambda ga, u, ua: ga - ALPHA * length * (u - cosine * ua), ga, u, ua
+            lambda ga, u, ua: ga - GSAM_ALPHA * length * (u - cosine * ua), ga, u, ua
         )
         return *descend(params, state, d), loss
 
@@ -199,17 +234,52 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         params, state = descend(params, state, jax.grad(loss_fn)(point, x, y))
         return params, (ema, state), loss
 
+    def look_sam_by_hand(params, state, x, y):
+        _, state = state
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        d = jax.grad(loss_fn)(perturbed(params, g), x, y)
+        overlap = optax.tree.vdot(g, d) / optax.tree.norm(g, squared=True)
+        kept = jax.tree.map(lambda d, g: d - overlap * g, d, g)
+        params, state = descend(params, state, d)
+        return params, (kept, state), loss
+
+    def look_sam_by_hand_between(params, state, x, y):
+        kept, state = state
+        loss, g = jax.value_and_grad(loss_fn)(params, x, y)
+        factor = LOOK_SAM_ALPHA * optax.tree.norm(g) / optax.tree.norm(kept)
+        d = jax.tree.map(lambda g, v: g + factor * v, g, kept)
+        params, state = descend(params, state, d)
+        return params, (kept, state), loss
+
     def quarter_by_hand(params, state, x, y):
         part = len(x) // 4
         loss, g = jax.value_and_grad(loss_fn)(params, x[:part], y[:part])
         d = jax.grad(loss_fn)(perturbed(params, g), x, y)
         return *descend(params, state, d), loss
 
+    def random_sam_by_hand(params, state, x, y):
+        key, state = state
+        key, now = jax.random.split(key)
+        e = optax.tree.random_like(now, params)
+        loss, d = loss_fn(params, x, y), jax.grad(loss_fn)(perturbed(params, e), x, y)
+        params, state = descend(params, state, d)
+        return params, (key, state), loss
+
     def with_ema(params):
         return optax.tree.zeros_like(params), base.init(params)
 
+    def with_gradient(params):
+        return optax.tree.ones_like(params), base.init(params)
+
+    def with_key(params):
+        return jax.random.key(0), base.init(params)
+
     return {
         "plain SGD": Step(plain, base.init),
+        ALONE: Step(
+            gradients_alone,
+            lambda params: (params,) + 2 * (optax.tree.zeros_like(params),),
+        ),
         "by hand": Step(by_hand, base.init),
         "sam, door 1": _through_door1(loss_fn, base, sam_optax.sam(RHO)),
         "sam, door 2": _through_door2(loss_fn, base, sam_optax.sam(RHO)),
@@ -219,6 +289,9 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         "gsam by hand": Step(gsam_by_hand, base.init),
         "stable_sam by hand": Step(stable_sam_by_hand, base.init),
         "vasso by hand": Step(vasso_by_hand, with_ema),
+        "look_sam by hand, ascends": Step(look_sam_by_hand, with_gradient),
+        "look_sam by hand, does not": Step(look_sam_by_hand_between, with_gradient),
+        "random_sam by hand": Step(random_sam_by_hand, with_key),
         "a quarter by hand": Step(quarter_by_hand, base.init),
         **_method_steps(loss_fn, base),
     }
@@ -285,14 +358,14 @@ def _contrib_steps(loss_fn: Callable[..., Any], base: Any) -> dict[str, Step]:
 
 def _method_steps(loss_fn: Callable[..., Any], base: Any) -> dict[str, Step]:
     door1 = functools.partial(_through_door1, loss_fn, base)
-    look_sam = sam_optax.look_sam(RHO, k=5)
+    look_sam = sam_optax.look_sam(RHO, k=5, alpha=LOOK_SAM_ALPHA)
     rst = sam_optax.rst(RHO, probability=0.5)
     unguarded = sam_optax.sharpness_aware(sam_optax.fsam_ascent(RHO), guard=False)
     quarter = {"data": sam_optax.sub_batch(0.25), "batch_argnums": (1, 2)}
     return {
         "asam": door1(sam_optax.asam(RHO)),
         "fsam": door1(sam_optax.fsam(RHO)),
-        "gsam": door1(sam_optax.gsam(RHO, alpha=ALPHA)),
+        "gsam": door1(sam_optax.gsam(RHO, alpha=GSAM_ALPHA)),
         "stable_sam": door1(sam_optax.stable_sam(RHO)),
         "vasso": door1(sam_optax.vasso(RHO)),
         "look_sam, ascends": door1(look_sam, ascend=True),
@@ -344,7 +417,7 @@ def measure_case(
     params = model.init(jax.random.key(0), case.width)
     size = sum(w.size for w in jax.tree.leaves(params))
     batch = make_batch(model, case.batch)
-    wanted = {
+    wanted = {ALONE, "by hand"} | {
         part for pair in pairs for name in pair for part in MEANS.get(name, [name])
     }
     steps = {
@@ -379,7 +452,8 @@ def measure_case(
         name: _mean(costs, of) for name, of in MEANS.items() if set(of) <= set(costs)
     }
     known = [pair for pair in pairs if set(pair) <= set(costs)]
-    return Result(case, size, costs, [compare(costs, *pair) for pair in known])
+    comparisons = [compare(costs, *pair) for pair in known]
+    return Result(case, size, bandwidth(size), costs, comparisons)
 
 
 def _compile(
@@ -423,7 +497,8 @@ def _time(
         return params, states[name], loss
 
     calls = {name: functools.partial(call, name) for name in programs} | others
-    times = time_in_turn(calls, rounds, advance)
+    # PyTorch's threads spin for a while after their work.
+    times = time_in_turn(calls, rounds, advance, pause=0.01 if others else 0)
     if not jnp.isfinite(optax.tree.norm(params)):
         raise FloatingPointError("Training diverged: these times mean nothing.")
     return times
@@ -478,18 +553,32 @@ def compare(costs: dict[str, Costs], name: str, over: str) -> Comparison:
 class Result(NamedTuple):
     case: Case
     parameters: int
+    bandwidth: float
     costs: dict[str, Costs]
     comparisons: list[Comparison]
 
-    def passes(self) -> dict[str, float]:
-        """Passes over the (float32) parameters beyond those of SAM, as compiled."""
+    def overheads(self) -> dict[str, "Overhead"]:
+        """What steps do beside their two gradients."""
+        alone, by_hand = self.costs[ALONE], self.costs["by hand"]
+        size = 4 * self.parameters
         return {
-            name: (self.costs[name].moved - self.costs[sam].moved)
-            / (4 * self.parameters)
-            for method in FEWEST_PASSES
-            for name, sam in [(method, "sam, door 1"), (f"{method} by hand", "by hand")]
-            if {name, sam} <= set(self.costs)
+            name: Overhead(
+                FEWEST_PASSES["by hand"] + (costs.moved - by_hand.moved) / size,
+                ratios(map(operator.sub, costs.time, alone.time), costs.time),
+                fewest * size / self.bandwidth / statistics.median(costs.time),
+            )
+            for name, fewest in FEWEST_PASSES.items()
+            if (costs := self.costs.get(name))
         }
+
+
+class Overhead(NamedTuple):
+    """Of one step: passes over the (float32) parameters as compiled, where those of SAM
+    by hand are the fewest; the share of its time; and that of the fewest passes."""
+
+    passes: float
+    share: Spread
+    least: float
 
 
 # --- What is shown of it.
@@ -511,15 +600,17 @@ def comparison_table(result: Result) -> Table:
     return table
 
 
-def passes_table(result: Result) -> Table:
-    table = Table(title="passes over the parameters beyond those of SAM")
-    for column in ("method", "fewest", "by hand", "sam_optax"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    passes = result.passes()
-    for name, fewest in FEWEST_PASSES.items():
-        if name in passes:
-            by_hand = passes.get(f"{name} by hand", float("nan"))
-            table.add_row(name, str(fewest), f"{by_hand:.1f}", f"{passes[name]:.1f}")
+def overhead_table(overheads: dict[str, Overhead], bandwidth: float) -> Table:
+    table = Table(
+        title=f"beside the two gradients; passes at {bandwidth / 1e9:.1f} GB/s"
+    )
+    columns = ("fewest passes", "as compiled", "take of a step", "measured")
+    table.add_column("step")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, (passes, share, least) in overheads.items():
+        fewest = str(FEWEST_PASSES[name])
+        table.add_row(name, fewest, f"{passes:.1f}", f"{least:.3f}", str(share))
     return table
 
 
@@ -571,7 +662,8 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
         if target.quantity == "time"
         for model in target.models
     }
-    figure = Figure(figsize=(4 + 3 * len(results), 6), layout="constrained")
+    size = (4 + 3 * len(results), 1.5 + 0.2 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for panel, result in zip(panels, results, strict=True):
         for y, row in enumerate(result.comparisons):
@@ -592,7 +684,9 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
 
 
 def as_json(
-    results: Sequence[Result], verdicts: Sequence[dict[str, Any]], options: Any
+    results: Sequence[Result],
+    verdicts: Sequence[dict[str, Any]],
+    options: Any,
 ) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
@@ -606,6 +700,7 @@ def as_json(
             {
                 **result.case._asdict(),
                 "parameters": result.parameters,
+                "bandwidth": result.bandwidth,
                 "steps": {
                     name: costs._replace(time=statistics.median(costs.time))._asdict()
                     for name, costs in result.costs.items()
@@ -614,7 +709,10 @@ def as_json(
                     row._replace(time=row.time._asdict())._asdict()
                     for row in result.comparisons
                 ],
-                "passes": result.passes(),
+                "overheads": {
+                    name: overhead._replace(share=overhead.share._asdict())._asdict()
+                    for name, overhead in result.overheads().items()
+                },
             }
             for result in results
         ],
@@ -718,8 +816,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {dtype}")
     for result in results:
         console.print(comparison_table(result))
-        if result.case.model == "mlp" and result.passes():
-            console.print(passes_table(result))
+        if overheads := result.overheads():
+            console.print(overhead_table(overheads, result.bandwidth))
     verdicts = judge(results)
     console.print(target_table(verdicts))
     args.output.mkdir(parents=True, exist_ok=True)

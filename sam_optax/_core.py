@@ -132,7 +132,8 @@ def sharpness_aware(
         the loss makes of w + ε, and floats in the state are as before the step, while
         counters and random keys advance. Costs at most one pass over the gradients:
         none where the ascent takes the 2-norm of g, or is that of `asam`, `fsam`,
-        `fasam`, `vasso` or `fisher_sam`. Default True.
+        `fasam`, `vasso` or `fisher_sam`, and none where ascend=False and the method
+        carries no floats. Default True.
       stochastic_rounding: a key (int, typed or legacy) with which w + ε is rounded to
         half-precision parameters without bias. The price is noise: the actual
         displacement is usually 2 to 5 rho. Default None: round to nearest, and warn
@@ -336,8 +337,9 @@ def sharpness_aware(
             ascent_state = revert_unless(finite, ascent_state, state.ascent_state)
             descent_state = revert_unless(both, descent_state, state.descent_state)
             cadence_state = revert_unless(both, cadence_state, state.cadence_state)
-            # At w + NaN, a rectifier can have a gradient of zero.
-            d = _tree.scale(jnp.where(finite, 1, jnp.nan), d)
+            # At w + NaN, a rectifier can have a gradient of zero. At w, what is not
+            # finite shows by itself: where that is known, the norm of g is not needed.
+            d = _tree.scale(jnp.where(~finite & decision, jnp.nan, 1), d)
         rounding_key = () if keys is None else keys.next(state.rounding_key)[1]
         new_state = SharpnessAwareState(
             ascent_state, descent_state, cadence_state, rounding_key

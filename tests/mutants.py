@@ -175,9 +175,15 @@ MUTANTS = {
     ),
     "overflow hidden by a rectifier": Mutant(
         "_core.py",
-        "d = _tree.scale(jnp.where(finite, 1, jnp.nan), d)",
+        "d = _tree.scale(jnp.where(~finite & decision, jnp.nan, 1), d)",
         "pass",
         first="rectifier",
+    ),
+    "a gradient nobody used spoils a step": Mutant(
+        "_core.py",
+        "jnp.where(~finite & decision, jnp.nan, 1)",
+        "jnp.where(~finite, jnp.nan, 1)",
+        first="bad_batch",
     ),
     "guard stops counters": Mutant(
         "_guard.py",

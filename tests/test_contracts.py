@@ -440,6 +440,16 @@ def test_a_bad_gradient_leaves_no_finite_perturbation(row, bad):
     assert not all_finite(perturbation_of(row(), w, g))
 
 
+@pytest.mark.parametrize("ascend", [False, jnp.bool_(False)], ids=["static", "traced"])
+def test_a_bad_gradient_is_seen_on_a_step_that_does_not_ascend(row, ascend):
+    w = problem.params()
+    sam = row(guard=True)
+    g = grad_fn(w)
+    g["b"]["c"] = g["b"]["c"].at[1].set(jnp.nan)
+    d, _ = sam.update(g, sam.init(w), w, grad_fn=grad_fn, ascend=ascend)
+    assert not all_finite(d)
+
+
 def test_a_bad_gradient_outside_the_mask_is_seen(row):
     """An ascent there takes the norm of the perturbed leaves alone."""
     w = problem.params()

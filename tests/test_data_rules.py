@@ -113,6 +113,24 @@ def test_a_sub_batch_makes_the_perturbation(passes, fraction, part):
     assert seen == len(part)
 
 
+def floats(state):
+    return [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("ascend", [False, jnp.bool_(False)], ids=["static", "traced"])
+def test_a_bad_batch_to_ascend_by_spoils_no_step_that_does_not_ascend(ascend):
+    w, (x, y) = make_params(), make_batch()
+    bad = jnp.full_like(x, jnp.nan), y
+    fsam = sam_optax.fsam(RHO)
+    helper = sam_optax.sam_value_and_grad(mean_loss, fsam, **BOTH)
+    start = fsam.init(w)
+    _, grads = helper(w, x, y, opt_state=start, ascend=ascend, ascent_batch=bad)
+    d, state = fsam.update(grads, start, w)
+    assert_trees_close(d, gradient(w, x, y))
+    before, after = map(floats, (start, state))
+    assert_trees_close(after, before)
+
+
 @pytest.mark.parametrize("size", [4, 12, 48])
 def test_another_batch_makes_the_perturbation(passes, size):
     """SAM-db with one of the same size, Fig. 2c of the F-SAM paper with a larger."""
