@@ -1,7 +1,6 @@
 """What benchmarks share: programs timed in turn, and compared as ratios."""
 
 import math
-import random
 import re
 import statistics
 import time
@@ -98,24 +97,18 @@ def time_in_turn(
     calls: dict[str, Callable[[], Any]],
     rounds: int,
     tell: Callable[[], Any] = lambda: None,
-    pause: float = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of each round; a round makes every call once, and `tell` hears of it.
+    """Seconds of each round; a round makes every call, and `tell` hears of it.
 
-    In an order drawn anew for each round, because a call that follows itself finds its
-    data in the cache. Before each call comes a pause, in seconds, for the threads of
-    the one before to fall asleep.
+    Each is made twice and the second one counts: in a training a step follows itself,
+    and not one that left other data in the caches, or other threads still spinning.
     """
-    order, draw = list(calls), random.Random(0)
-    for call in calls.values():  # the first run of a program is not like the next
-        jax.block_until_ready(call())
     times = {name: [] for name in calls}
     for _ in range(rounds):
-        draw.shuffle(order)
-        for name in order:
-            time.sleep(pause)
+        for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
+            jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
         tell()
     return times

@@ -497,8 +497,7 @@ def _time(
         return params, states[name], loss
 
     calls = {name: functools.partial(call, name) for name in programs} | others
-    # PyTorch's threads spin for a while after their work.
-    times = time_in_turn(calls, rounds, advance, pause=0.01 if others else 0)
+    times = time_in_turn(calls, rounds, advance)
     if not jnp.isfinite(optax.tree.norm(params)):
         raise FloatingPointError("Training diverged: these times mean nothing.")
     return times
@@ -753,7 +752,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="float32",
         help="of the computation; parameters are float32 (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=40, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument(
         "--compiles",
         type=int,
@@ -779,7 +778,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.models = args.models or small[: 2 if args.quick else 3]
     if args.quick:
-        args.rounds, args.compiles = min(args.rounds, 10), 1
+        args.rounds, args.compiles = min(args.rounds, 6), 1
     if args.rounds < 2 or args.compiles < 1:
         parser.error("at least two rounds and one compilation are needed.")
     return args
