@@ -752,7 +752,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="float32",
         help="of the computation; parameters are float32 (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=100, help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--compiles",
         type=int,

@@ -29,7 +29,8 @@ class Cadence(NamedTuple):
         Python bool, which leaves no branch in the program, or a traced one.
       remember: (d, g, state) -> state, called after a step with a second gradient.
       substitute: (g, state) -> d, what stands in for the sharpness-aware gradient on a
-        step without one.
+        step without one. What is not finite in g should not be in d either, for who
+        watches for it sees d.
     """
 
     init: Callable[[Any], Any]
@@ -156,7 +157,7 @@ def when_steep(
     def decide(g, state):
         step, mean, variance = state
         square = jnp.asarray(_tree.squared_norm(g), jnp.float32)
-        kept = value_at(decay, step)
+        kept = jnp.asarray(value_at(decay, step), jnp.float32)
         mean = kept * mean + (1 - kept) * square
         variance = kept * variance + (1 - kept) * jnp.square(square - mean)
         steep = square >= mean + value_at(threshold, step) * jnp.sqrt(variance)

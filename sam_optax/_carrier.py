@@ -9,7 +9,9 @@ from jax.extend import core as jax_core
 
 
 class Report(NamedTuple):
-    """Measurements of one step, all scalars; NaN where the step did not ascend.
+    """Measurements of one step, all scalars.
+
+    Where the step did not ascend, all but `ascent_norm` and `ascended` are NaN.
 
     Attributes:
       perturbed_loss: L(w + ε).

@@ -128,12 +128,14 @@ def sharpness_aware(
         prefix of one), or a function of the parameters that returns one. Norms run
         over the perturbed leaves. Default None: every leaf is perturbed, including
         those that the optimizer freezes.
-      guard: after a step whose gradient is not finite, d is not finite either, whatever
-        the loss makes of w + ε, and floats in the state are as before the step, while
-        counters and random keys advance. Costs at most one pass over the gradients:
-        none where the ascent takes the 2-norm of g, or is that of `asam`, `fsam`,
-        `fasam`, `vasso` or `fisher_sam`, and none where ascend=False and the method
-        carries no floats. Default True.
+      guard: after a step whose g is not finite, values in the state (floats and masks)
+        are as before the step, while counters and random keys advance; and if it
+        ascended, d is not finite either, whatever the loss makes of w + ε. Needs to
+        know whether g is finite: a pass over g, unless the method carries no values
+        and ascend=False, or the ascent takes a 2-norm that says the same, as that of
+        `sam`, `asam`, `fsam`, `fasam`, `vasso` and `fisher_sam` does without a mask.
+        What is carried needs up to three more, because the old values are kept as well.
+        Default True.
       stochastic_rounding: a key (int, typed or legacy) with which w + ε is rounded to
         half-precision parameters without bias. The price is noise: the actual
         displacement is usually 2 to 5 rho. Default None: round to nearest, and warn
@@ -242,6 +244,7 @@ def sharpness_aware(
                 params,
                 ascent_gradient=g,
                 grad_fn=lambda point: evaluate.ascent(point).gradient,
+                perturb=lambda params, e: perturb(params, e, group),
                 group=group,
                 **for_ascent,
                 **extra_args,
@@ -289,7 +292,7 @@ def sharpness_aware(
         # The ascent runs on every step, so that its averages and schedules do not lag.
         verdicts: list[jax.Array] = []
         for_ascent = {}
-        if isinstance(ascent, VouchingAscent):
+        if isinstance(ascent, VouchingAscent) and decision is not False:
             for_ascent["vouch"] = verdicts.append
         perturbation, ascent_state = ascend_from(g, evaluate, **for_ascent)
 
@@ -414,11 +417,17 @@ def _check_call(updates: Any, params: Any, grad_fn: Any) -> None:
             "first in the chain, and choose what it perturbs with its mask= argument."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: "
         if not _tree.is_inexact(leaf):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: only "
-                "floating-point parameters have gradients. Keep others out of params, "
-                "as eqx.partition or nnx.split do."
+                name + "only floating-point parameters have gradients. Keep others out "
+                "of params, as eqx.partition or nnx.split do."
+            )
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                name + "the gradient that JAX takes is the conjugate of the direction "
+                "in which the loss rises. Keep the real and the imaginary part as "
+                "parameters of their own."
             )
     if _outline(updates) != _outline(params):
         raise ValueError(

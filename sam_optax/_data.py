@@ -13,7 +13,7 @@ import numpy as np
 
 from sam_optax import _layout as layout
 from sam_optax._batch import Batch, Pass
-from sam_optax._hyperparameters import check_number, check_positive_integer
+from sam_optax._hyperparameters import check_positive_integer, check_static_number
 
 
 class Choice(NamedTuple):
@@ -230,11 +230,7 @@ def _largest(values: jax.Array, count: int) -> jax.Array:
 
 
 def _check_fraction(fraction: Any, name: str = "fraction") -> None:
-    if isinstance(fraction, jax.Array):
-        raise TypeError(
-            f"{name} must be a Python number, got {fraction!r}: it decides shapes."
-        )
-    check_number(name, fraction, at_most=1)
+    check_static_number(name, fraction, at_most=1)
     if not fraction > 0:
         raise ValueError(f"{name} must be > 0, got {fraction}.")
 

@@ -150,7 +150,7 @@ def renormalize(
       Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024.
     """
     check_number("minimum", minimum, at_least=0)
-    if maximum is not math.inf:
+    if not (isinstance(maximum, float) and maximum == math.inf):
         check_number("maximum", maximum, at_least=0)
     if (
         isinstance(minimum, (int, float))

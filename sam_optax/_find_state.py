@@ -44,6 +44,7 @@ def find_sam_state(
             "chain."
         )
     ((path, state),) = found
+    _check_wrappers(opt_state)
     if _is_injected(state) != is_injected:
         raise ValueError(
             "Pass the same SAM transformation to sam_value_and_grad that starts the "
@@ -59,6 +60,28 @@ def find_sam_state(
             f"{_signature(_inner(expected))}."
         )
     return state
+
+
+_WRAPPERS = {
+    optax.MultiStepsState: "optax.MultiSteps",
+    optax.ApplyIfFiniteState: "optax.apply_if_finite",
+}
+
+
+def _check_wrappers(opt_state: Any) -> None:
+    """Some compute with gradients, before SAM has unpacked what it is given as such."""
+    wrappers = tuple(_WRAPPERS)
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, wrappers)):
+        if not isinstance(node, wrappers):
+            continue
+        if any(map(_is_sam_state, jax.tree.leaves(node, is_leaf=_is_sam_state))):
+            wrapper = _WRAPPERS[type(node)]
+            raise ValueError(
+                f"The SAM transformation is inside of {wrapper}, which computes with "
+                "gradients before SAM sees them. Put it around the base optimizer "
+                f"alone, optax.chain(sam, {wrapper}(base, ...)); or call tx.update "
+                "with the plain gradients and grad_fn=."
+            )
 
 
 def _is_sam_state(node: Any) -> bool:

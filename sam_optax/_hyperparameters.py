@@ -65,6 +65,17 @@ def check_static_integer(name: str, value: Any) -> None:
         )
 
 
+def check_static_number(name: str, value: Any, **bounds: float) -> None:
+    """`check_number` for what neither a schedule nor a traced value can give."""
+    if callable(value) or isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a Python number, got {value!r}: it decides shapes or "
+            "counts, so it is neither traced nor scheduled. Under "
+            f"optax.inject_hyperparams, pass static_args=('{name}',)."
+        )
+    check_number(name, value, **bounds)
+
+
 def value_at(hyperparameter: ScalarOrSchedule, step: Any) -> Any:
     """The value of a number, a schedule or a traced scalar at a step."""
     return hyperparameter(step) if callable(hyperparameter) else hyperparameter

@@ -5,6 +5,7 @@ extra argument `group`, so that every group of examples draws its own numbers.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -140,6 +141,7 @@ def ascend_from_noise(
             params: Any = None,
             *,
             grad_fn: Any = None,
+            perturb: Callable[[Any, Any], Any] = round_to_nearest,
             group: Any = None,
             **extra: Any,
         ) -> tuple[Any, Any]:
@@ -147,8 +149,13 @@ def ascend_from_noise(
             now, later = keys.next(state.noise_key, group)
             share = sigma / math.sqrt(max(_tree.size(updates), 1))
             noise = _tree.scale(share, _tree.normal_like(now, updates))
-            g = _tree.at_least_float32(grad_fn(round_to_nearest(params, noise)))
-            extra_args = {**extra, "grad_fn": grad_fn, "group": group}
+            g = _tree.at_least_float32(grad_fn(perturb(params, noise)))
+            extra_args = {
+                **extra,
+                "grad_fn": grad_fn,
+                "perturb": perturb,
+                "group": group,
+            }
             step, smoothed_state = ascent.update(
                 g, state.smoothed_state, params, **extra_args | {"ascent_gradient": g}
             )
@@ -190,14 +197,15 @@ def ascend_repeatedly(
         params: Any = None,
         *,
         grad_fn: Any = None,
+        perturb: Callable[[Any, Any], Any] = round_to_nearest,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        extra_args = {**extra, "grad_fn": grad_fn}
+        extra_args = {**extra, "grad_fn": grad_fn, "perturb": perturb}
         step, new_state = ascent.update(updates, state, params, **extra_args)
         perturbation = _tree.scale(1 / steps, step)
         for _ in range(steps - 1):
             _require(params, grad_fn, "ascend_repeatedly")
-            g = _tree.at_least_float32(grad_fn(round_to_nearest(params, perturbation)))
+            g = _tree.at_least_float32(grad_fn(perturb(params, perturbation)))
             extra_args["ascent_gradient"] = g
             step, _ = ascent.update(g, state, params, **extra_args)
             perturbation = _tree.add_scaled(perturbation, 1 / steps, step)

@@ -22,8 +22,13 @@ def round_to_nearest(params: Any, perturbation: Any) -> Any:
     )
 
 
+# Folded into the key, so that a part with the same key, as by default, draws others.
+_OF_ROUNDING = 0x5A3
+
+
 def round_stochastically(params: Any, perturbation: Any, key: jax.Array) -> Any:
     """w + ε, where half-precision leaves round up or down with unbiased chance."""
+    key = jax.random.fold_in(key, _OF_ROUNDING)
     leaves, structure = jax.tree.flatten(params)
     shifts = structure.flatten_up_to(perturbation)
     rounded = [

@@ -22,8 +22,7 @@ class KeyStream(NamedTuple):
 
 def typed_key(key: Key) -> jax.Array:
     """A single typed key from an int, a typed key or a legacy uint32 key."""
-    if isinstance(key, bool) or not (isinstance(key, int) or hasattr(key, "dtype")):
-        raise TypeError(f"key must be an int or a JAX random key, got {key!r}.")
+    _check_type(key)
     typed = jnp.asarray(key)
     if jnp.issubdtype(typed.dtype, jnp.integer):
         typed = jax.random.wrap_key_data(typed) if typed.ndim else jax.random.key(typed)
@@ -32,11 +31,25 @@ def typed_key(key: Key) -> jax.Array:
     return typed
 
 
+def _check_type(key: Key) -> None:
+    if isinstance(key, bool) or not (isinstance(key, int) or hasattr(key, "dtype")):
+        raise TypeError(f"key must be an int or a JAX random key, got {key!r}.")
+
+
 def key_stream(key: Key) -> KeyStream:
-    """A stream of keys, from whatever names the first."""
-    typed = typed_key(key)
-    implementation = jax.random.key_impl(typed)
-    data = jax.random.key_data(typed)
+    """A stream of keys, from whatever names the first.
+
+    An int becomes a key when a state is made: a key is an array, and to build a method
+    must not start the devices, which `jax.distributed.initialize` has to come before.
+    """
+    _check_type(key)
+    implementation = (
+        None if isinstance(key, int) else jax.random.key_impl(typed_key(key))
+    )
+
+    def start():
+        # A copy, so that a donated state never takes the key of the next one with it.
+        return jnp.array(jax.random.key_data(typed_key(key)), copy=True)
 
     def next_key(data, group=None):
         now, later = jax.random.split(
@@ -46,5 +59,4 @@ def key_stream(key: Key) -> KeyStream:
             now = jax.random.fold_in(now, group)
         return now, jax.random.key_data(later)
 
-    # A copy, so that a donated state never takes the key of the next one with it.
-    return KeyStream(start=lambda: jnp.array(data, copy=True), next=next_key)
+    return KeyStream(start=start, next=next_key)

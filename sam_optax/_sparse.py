@@ -13,6 +13,7 @@ from sam_optax._hyperparameters import (
     ScalarOrSchedule,
     check_number,
     check_static_integer,
+    check_static_number,
     value_at,
 )
 from sam_optax._random import Key, key_stream
@@ -93,7 +94,7 @@ def _masked_by(
 
     refresh: (key, step, mask, |g|, number to keep) -> mask.
     """
-    check_number("sparsity", sparsity, at_least=0, below=1)
+    check_static_number("sparsity", sparsity, at_least=0, below=1)
     check_static_integer("refresh_every", every)
     keys = key_stream(key)
 

@@ -33,7 +33,9 @@ def set_gap_aside() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del state, params, extra_args
-        return ascent_gradient, _tree.subtract(updates, ascent_gradient)
+        gap = _tree.subtract(updates, ascent_gradient)
+        # The guard judges d, which must show what the gap holds.
+        return _tree.add_scaled(ascent_gradient, 0, gap), gap
 
     return optax.GradientTransformationExtraArgs(
         lambda params: _tree.zeros_like(params), update_fn
@@ -68,7 +70,7 @@ def decoupled_wsam(
       rho: radius ρ = ‖ε‖. Default 0.05.
       gamma: γ in [0, 1). Default 0.9, from the paper.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: as for `sam`. Default None.
 
     Returns:
@@ -120,7 +122,11 @@ def decoupled_wsam(
         step, sam_state, base_state = state
         new_sam_state: Any
         g, new_sam_state = sam.update(updates, sam_state, params, **extra_args)
-        gap = new_sam_state.descent_state
+        # After a bad step the guard leaves the last gap, which has had its turn.
+        finite = _tree.all_finite(g)
+        gap = jax.tree.map(
+            lambda x: jnp.where(finite, x, 0), new_sam_state.descent_state
+        )
         updates, base_state = base.update(g, base_state, params, **extra_args)
         share = value_at(gamma, step)
         weight = value_at(learning_rate, step) * share / (1 - share)

@@ -87,6 +87,18 @@ def value_and_ascent_grad(
     Cost: one gradient; the other is taken in the update.
     """
 
+    options = {
+        "data": data,
+        "batch_argnums": batch_argnums,
+        "batch_argnames": batch_argnames,
+        "m": m,
+        "map_groups": map_groups,
+        "axis_name": axis_name,
+        "sync_perturbation": sync_perturbation,
+        "axis_index_groups": axis_index_groups,
+    }
+    _value_and_ascent_grad(loss_fn, **options)  # for what it raises
+
     def value_and_ascent_grad_fn(model, /, *args, **kwargs):
         graph, params, others = nnx.split(model, wrt, ...)
         # Values, not the variables: these will have advanced at the second pass.
@@ -98,18 +110,7 @@ def value_and_ascent_grad(
             loss, aux = loss_and_aux(loss_fn(copied, *args, **kwargs), has_aux)
             return loss, (aux, nnx.as_pure(nnx.split(copied, wrt, ...)[2]))
 
-        first_pass = _value_and_ascent_grad(
-            pure_loss_fn,
-            has_aux=True,
-            data=data,
-            batch_argnums=batch_argnums,
-            batch_argnames=batch_argnames,
-            m=m,
-            map_groups=map_groups,
-            axis_name=axis_name,
-            sync_perturbation=sync_perturbation,
-            axis_index_groups=axis_index_groups,
-        )
+        first_pass = _value_and_ascent_grad(pure_loss_fn, has_aux=True, **options)
         (loss, (aux, changed)), gradients, extra_args = first_pass(
             nnx.as_pure(params), *args, **kwargs
         )

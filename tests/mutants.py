@@ -185,6 +185,30 @@ MUTANTS = {
         "jnp.where(~finite, jnp.nan, 1)",
         first="bad_batch",
     ),
+    "a gap that is not finite is kept and not seen": Mutant(
+        "_wsam.py",
+        "return _tree.add_scaled(ascent_gradient, 0, gap), gap",
+        "return ascent_gradient, gap",
+        first="decoupled",
+    ),
+    "the last gap is descended on again": Mutant(
+        "_wsam.py",
+        "jnp.where(finite, x, 0)",
+        "x",
+        first="decoupled",
+    ),
+    "rounding draws what another part draws": Mutant(
+        "_perturb.py",
+        "    key = jax.random.fold_in(key, _OF_ROUNDING)\n",
+        "",
+        first="rounding_with_the_key",
+    ),
+    "points on the way rounded to nearest": Mutant(
+        "_core.py",
+        "perturb=lambda params, e: perturb(params, e, group),",
+        "",
+        first="on_the_way",
+    ),
     "guard stops counters": Mutant(
         "_guard.py",
         "if _is_value(n) else n,",
@@ -294,8 +318,8 @@ MUTANTS = {
     ),
     "decoupled WSAM: coupled": Mutant(
         "_wsam.py",
-        "        return ascent_gradient, _tree",
-        "        return updates, _tree",
+        "return _tree.add_scaled(ascent_gradient, 0, gap), gap",
+        "return updates, gap",
         first="wsam",
     ),
     "gap penalty: weight": Mutant(
@@ -358,13 +382,13 @@ MUTANTS = {
     ),
     "R-SAM: gradient at w": Mutant(
         "_noise.py",
-        "grad_fn(round_to_nearest(params, noise))",
+        "grad_fn(perturb(params, noise))",
         "grad_fn(params)",
         first="rsam",
     ),
     "multi-step: gradient at w": Mutant(
         "_noise.py",
-        "grad_fn(round_to_nearest(params, perturbation))",
+        "grad_fn(perturb(params, perturbation))",
         "grad_fn(params)",
         first="multi_step",
     ),

@@ -1,6 +1,9 @@
 """What is wrong raises, and the message says what to do instead."""
 
 import functools
+import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +196,13 @@ def test_integer_parameters():
     sam = sam_optax.sam()
     params = {"w": jnp.ones(2), "steps": jnp.arange(3)}
     with pytest.raises(TypeError, match=r"params\['steps'\] is int32: only floating-p"):
+        sam.update(params, sam.init(params), params, grad_fn=lambda p: p)
+
+
+def test_complex_parameters():
+    sam = sam_optax.sam()
+    params = {"w": jnp.ones(2, jnp.complex64)}
+    with pytest.raises(TypeError, match=r"params\['w'\] is complex64: .*conjugate"):
         sam.update(params, sam.init(params), params, grad_fn=lambda p: p)
 
 
@@ -527,6 +537,30 @@ def test_nothing_is_nan_on_a_healthy_step():
 def test_impossible_arguments_of_methods(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sparsity", [jnp.float32(0.5), lambda step: 0.5])
+def test_what_decides_counts_is_neither_traced_nor_scheduled(sparsity):
+    with pytest.raises(TypeError, match=r"static_args=\('sparsity',\)"):
+        sam_optax.ssam(sparsity=sparsity)
+
+
+@pytest.mark.parametrize("none", [math.inf, float("inf"), np.inf, np.float64("inf")])
+def test_no_bound_of_the_renormalisation_is_any_infinity(none):
+    assert sam_optax.stable_sam(maximum=none)
+
+
+def test_to_build_a_method_starts_no_devices():
+    """`jax.distributed.initialize` may come after."""
+    program = """
+import jax, sam_optax
+from jax._src import xla_bridge
+for method in sam_optax.METHODS.values():
+    method.make()
+sam_optax.sam(stochastic_rounding=1)
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_sigma_is_a_number_or_cosine():

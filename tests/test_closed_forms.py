@@ -496,6 +496,23 @@ def test_decoupled_wsam_keeps_the_gap_out_of_the_momentum(door):
     assert_same(np.stack(visited), np.stack(wanted))
 
 
+@pytest.mark.parametrize("where", ["at w", "at w + ε"])
+def test_decoupled_wsam_stays_where_it_is_after_a_bad_step(where):
+    base = optax.apply_if_finite(optax.sgd(0.1), 3)
+    _, tx = sam_optax.decoupled_wsam(base, 0.1, rho=0.5)
+    w, good = jnp.asarray(W), lambda w: jnp.asarray(H @ np.asarray(w))
+    bad = jnp.full(3, jnp.inf)
+    updates, state = tx.update(good(w), tx.init(w), w, grad_fn=good)
+    w = optax.apply_updates(w, updates)
+    g = bad if where == "at w" else good(w)
+    updates, after = tx.update(g, state, w, grad_fn=lambda w: bad)
+    np.testing.assert_array_equal(updates, 0)
+    assert after.descent_optimizer_state.total_notfinite == 1
+    np.testing.assert_array_equal(
+        after.sharpness_state.descent_state, state.sharpness_state.descent_state
+    )
+
+
 # --- Further ascents.
 
 

@@ -527,6 +527,17 @@ def test_stochastic_rounding_draws_anew_on_every_step(bench):
     assert after[0].rounding_key.dtype == jnp.uint32
 
 
+def test_injected_hyperparameters_widen_no_state():
+    """They are as wide as the widest float of the process."""
+    with jax.enable_x64(True):
+        sam = optax.inject_hyperparams(sam_optax.ae_sam)(rho=0.1)
+        w = jnp.ones(3)
+        _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: p)
+        assert jax.tree.map(jnp.result_type, state) == jax.tree.map(
+            jnp.result_type, sam.init(w)
+        )
+
+
 # --- Line 9: masks and None.
 
 

@@ -11,6 +11,7 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 import sam_optax
+import sam_optax.nnx
 from lab import assert_trees_close
 from methods import BOTH_DOORS, TABLE
 
@@ -25,6 +26,14 @@ def data(t):
     rng = np.random.default_rng(t)
     x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
     return x, jnp.sin(x[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"m": -1}, {"map_groups": "x"}, {"data": 3}, {"batch_argnums": "x"}]
+)
+def test_nnx_gradients_check_their_options_when_built(options):
+    with pytest.raises((TypeError, ValueError)):
+        sam_optax.nnx.value_and_ascent_grad(lambda model, x: x, **options)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,23 @@ def test_finite_checks_around_the_chain_miss_what_is_infinite_at_the_perturbed_p
     assert state.total_notfinite == 0
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    ],
+    ids=["apply_if_finite", "MultiSteps"],
+)
+def test_the_drop_in_says_what_cannot_be_around_sam(wrap):
+    sam = sam_optax.sam()
+    tx = optax.chain(wrap(optax.chain(sam, optax.sgd(0.1))))
+    w = jnp.ones(2)
+    helper = sam_optax.sam_value_and_grad(jnp.sum, sam)
+    with pytest.raises(ValueError, match=r"is inside of optax\..*alone.*grad_fn="):
+        helper(w, opt_state=tx.init(w))
+
+
 def test_lbfgs_with_a_line_search_looks_along_the_loss_itself():
     """It evaluates the plain loss along the direction that d gives, and so needs the
     value function that it always needs; the loss goes down."""

@@ -62,8 +62,8 @@ def sam(
       p: order of the norm, a Python number from 1 to infinity. Default 2. Static: pass
         `static_args=("p",)` to `optax.inject_hyperparams` along with it.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state; SAM carries no floats, so it
-        costs nothing. Default True.
+      guard: keep what is not finite visible in d and out of carried state; see
+        `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -205,8 +205,7 @@ def fsam(
       as_released: follow the authors' code in place of Algorithm 1; see Differences.
         Default False.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep a non-finite gradient out of m, which costs a pass over the gradient.
-        Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: as for `sam`. Default None.
 
     Returns:
@@ -275,7 +274,7 @@ def fasam(
       adaptive_mask: where False, T_w = 1, as for `asam`. Default None: nowhere.
       as_released: follow the authors' code, as for `fsam`. Default False.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: as for `fsam`. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: as for `sam`. Default None.
 
     Returns:
@@ -398,7 +397,7 @@ def vasso(
       as_released: start m at the first gradient, as the authors' code does. Default
         False.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -457,7 +456,7 @@ def fisher_sam(
       eta: weight η ≥ 0 of the squared gradient; at 0 the method is SAM. Default 1, for
         want of one in our sources.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -515,7 +514,7 @@ def sam_full(
         passed to the update as `full_gradient=`, through `sam_value_and_grad` in
         `extra_args={"full_gradient": ...}`. Default 0.9.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -573,7 +572,7 @@ def sam_noise(
         passed to the update as `full_gradient=`, through `sam_value_and_grad` in
         `extra_args={"full_gradient": ...}`. Default 0.9.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -634,7 +633,7 @@ def esam(
         authors' code.
       key: an int, a typed key or a legacy one. Default 0.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -702,7 +701,7 @@ def ssam(
       refresh_every: steps between refreshes. Default 100.
       key: an int, a typed key or a legacy one. Default 0.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -733,7 +732,9 @@ def ssam(
       2. The mask is in use from the first step on; theirs perturbs nothing before its
          first refresh.
 
-    Cost: 2 gradients a step; a tree of bools is carried. A refresh sorts all entries.
+    Cost: 2 gradients a step; a tree of bools is carried. A refresh takes two passes
+      over the gradient for each bit of an entry. On a step whose gradient is not finite
+      it is lost, and the mask stays until the next.
     """
     return sharpness_aware(
         optax.chain(
@@ -897,7 +898,7 @@ def multi_step_sam(
       rho: radius ρ ≥ ‖ε‖, shared by the n steps. Default 0.05.
       steps: number n of ascent steps >= 1, a Python integer. Default 2.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 

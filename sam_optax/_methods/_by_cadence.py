@@ -38,7 +38,7 @@ def look_sam(
       alpha: weight α of the kept direction. Default 0.7, from the paper.
       per_tensor: project and measure norms tensor by tensor. Default False.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -95,7 +95,7 @@ def sam_every_k(
       rho: radius ρ = ‖ε‖. Default 0.05.
       k: period >= 1, a Python integer. Default 5, that of `look_sam`.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -154,7 +154,7 @@ def rst(
         paper's constant.
       key: an int, a typed key or a legacy one. Default 0.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -216,7 +216,7 @@ def ae_sam(
         `optax.linear_schedule(1.0, -1.0, total_steps)`.
       decay: δ in [0, 1). Default 0.9, from the paper.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 

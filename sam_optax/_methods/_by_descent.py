@@ -51,7 +51,7 @@ def gsam(
       minimize: `"perturbed_loss"` (default), as above, or `"loss"`, where
         d = g + α (gᵃ − proj_g gᵃ).
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -112,7 +112,7 @@ def sam_plus_gap(
       rho: radius ρ = ‖ε‖. Default 0.05.
       lam: weight λ of the gap. Default 1; the paper varies it.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -171,7 +171,7 @@ def stable_sam(
       minimum: lower bound of the factor. Default 0: none.
       maximum: upper bound of the factor. Default infinity: none. See `renormalize`.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -235,7 +235,7 @@ def stable_asam(
       adaptive_mask: where False, T_w = 1, as for `asam`. Default None: nowhere.
       as_released: follow the authors' code; see Differences. Default False.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -294,7 +294,7 @@ def stable_usam(
       minimum: lower bound of the factor. Default 0: none.
       maximum: upper bound of the factor. Default infinity: none. See `renormalize`.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -353,7 +353,7 @@ def wsam(
       gamma: γ in [0, 1). ½ is SAM, 0 the base optimizer. Default
         0.9, from the paper.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
@@ -410,7 +410,7 @@ def gradient_norm_penalty(
       rho: radius ρ = ‖ε‖ (r in the paper). Default 0.05, from the paper.
       alpha: weight α of gᵃ; 1 is SAM. Default 0.8, from the paper.
       mask: where False, ε = 0; see `sharpness_aware`. Default None: nowhere.
-      guard: keep non-finite values out of carried state. Default True.
+      guard: as for `sharpness_aware`. Default True.
       stochastic_rounding: random key for half-precision parameters; see
         `sharpness_aware`. Default None: round to nearest, and warn.
 
