@@ -163,7 +163,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "look_sam": Method(
             _methods.look_sam,
             "LookSAM",
-            "every k-th step SAM; else d = g + α‖g‖ v/‖v‖",
+            "every k-th step SAM, and v = gᵃ − proj gᵃ on g is kept; "
+            "else d = g + α‖g‖ v/‖v‖",
             "‖ε‖",
             "1 + 1/k",
             "[Liu 2022](https://arxiv.org/abs/2203.02714)",
@@ -187,7 +188,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ae_sam": Method(
             _methods.ae_sam,
             "Adaptive policy for SAM",
-            "SAM where ‖g‖² ≥ μ + cσ; else d = g",
+            "SAM where ‖g‖² ≥ mean + c · standard deviation, of its recent past; "
+            "else d = g",
             "‖ε‖",
             "1 to 2",
             "[Jiang 2023](https://arxiv.org/abs/2304.14647)",
@@ -195,7 +197,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "esam": Method(
             _methods.esam,
             "Efficient SAM, random mask",
-            "ε = ρ g/‖g‖ · b/β, b random",
+            "ε = ρ g/‖g‖ · b/β, b random in {0, 1} with mean β",
             "‖E ε‖",
             "2",
             "[Du 2022](https://arxiv.org/abs/2110.03141)",
@@ -203,7 +205,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ssam": Method(
             _methods.ssam,
             "Sparse SAM (SSAM-F, SSAM-D)",
-            "ε = b · ρ g/‖g‖, b carried",
+            "ε = b · ρ g/‖g‖, b a carried mask",
             "‖ε‖ before b",
             "2",
             "[Mi 2022](https://arxiv.org/abs/2210.05177)",
@@ -211,7 +213,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "random_sam": Method(
             _methods.random_sam,
             "Random SAM",
-            "ε random, N(0, ρ²/p)",
+            "ε random, N(0, ρ²/n), n parameters",
             "√(E‖ε‖²)",
             "1 + a forward pass",
             "[Ujváry 2022](https://arxiv.org/abs/2210.10452)",
@@ -219,7 +221,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "rsam": Method(
             _methods.rsam,
             "R-SAM",
-            "ε = δ + ρ g(w+δ)/‖g(w+δ)‖, δ random",
+            "ε = δ + ρ g(w+δ)/‖g(w+δ)‖, δ random, N(0, σ²/n)",
             "‖ε − δ‖",
             "2 + a forward pass",
             "[Liu 2022](https://openreview.net/forum?id=htUvh7xPoa)",
@@ -228,7 +230,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             _methods.multi_step_sam,
             "SAM with n ascent steps",
             "n steps of ρ/n",
-            "≥ ‖ε‖",
+            "none; ‖ε‖ ≤ ρ",
             "n + 1",
             "[Foret 2021](https://arxiv.org/abs/2010.01412)",
         ),
@@ -302,7 +304,7 @@ FURTHER_METHODS: Mapping[str, FurtherMethod] = MappingProxyType(
             _wsam.decoupled_wsam,
             "Weighted SAM, decoupled",
             "base step on g, then w − lr γ/(1−γ) (gᵃ − g)",
-            "`sam, tx =`",
+            "`sam, tx = decoupled_wsam(base, learning_rate)`, in place of the chain",
             "2",
             "[Yue 2023](https://arxiv.org/abs/2305.15817)",
         ),
