@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+from scipy import stats
 
 import sam_optax
 
@@ -136,11 +137,26 @@ def pareto_front(points: list[Point]) -> list[Point]:
     return front
 
 
+def less(point: Point, goal: Point) -> tuple[float, float]:
+    """Accuracy less the goal's on the same seeds: the mean and its standard error."""
+    differences = np.subtract(point.accuracy, goal.accuracy)
+    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
+    return float(np.mean(differences)), float(error)
+
+
 def comes_as_far(point: Point, goal: Point) -> bool:
     """Whether a point is within a standard error of the goal, compared seed by seed."""
-    difference = np.subtract(point.accuracy, goal.accuracy)
-    error = np.std(difference, ddof=1) / math.sqrt(len(difference))
-    return bool(np.mean(difference) >= -error)
+    mean, error = less(point, goal)
+    return mean >= -error
+
+
+def describe_less(point: Point, goal: Point) -> str:
+    """The difference to the goal, with its 95 % interval; empty for the goal itself."""
+    if point == goal:
+        return ""
+    mean, error = less(point, goal)
+    half_width = stats.t.ppf(0.975, len(goal.accuracy) - 1) * error
+    return f"{round(mean, 1) + 0.0:+.1f} ± {half_width:.1f}"  # +0.0, never -0.0
 
 
 def make_table(points: list[Point], goal: Point) -> Table:
@@ -150,6 +166,7 @@ def make_table(points: list[Point], goal: Point) -> Table:
     lengths = sorted({point.epochs for point in points})
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
+    table.add_column(f"{goal.epochs} epochs less SAM's", justify="right")
     table.add_column(f"of SAM's cost for SAM's {goal.mean:.1f} %", justify="right")
     steps = goal.gradients / goal.epochs / COST["sam"]
     for method in dict.fromkeys(point.method for point in points):
@@ -158,7 +175,9 @@ def make_table(points: list[Point], goal: Point) -> Table:
         fraction = f"{min(enough) / goal.gradients:.2f}" if enough else "not reached"
         per_step = mine[-1].gradients / mine[-1].epochs / steps
         cells = [f"{point.mean:.1f} ± {point.deviation:.1f}" for point in mine]
-        table.add_row(method, f"{per_step:.2f}", *cells, fraction)
+        (as_long,) = (point for point in mine if point.epochs == goal.epochs)
+        difference = describe_less(as_long, goal)
+        table.add_row(method, f"{per_step:.2f}", *cells, difference, fraction)
     return table
 
 
@@ -188,7 +207,13 @@ def make_figure(points: list[Point], goal: Point) -> Figure:
         alpha=0.25,
         label="Pareto front, of the means",
     )
-    axes.axhline(100 - goal.mean, color="grey", linestyle=":", linewidth=1)
+    axes.axhline(
+        100 - goal.mean,
+        color="grey",
+        linestyle=":",
+        linewidth=1,
+        label=f"sam, {goal.epochs} epochs",
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
@@ -228,7 +253,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    console = Console(width=130)
+    console = Console(width=150)
     points = train_all(args, console)
     length = 60 if 60 in args.lengths else args.lengths[-1]
     goal = next(p for p in points if (p.method, p.epochs) == ("sam", length))

@@ -34,7 +34,7 @@ from sam_optax import plot
 
 METHODS = ["sgd", "sam", "asam", "fsam", "gsam", "stable_sam"]
 RHO = 0.05  # of the measures; each method trains with the rho of digits.py
-SLICE, PLANE = 41, 25  # points along a line, and along each side of a plane
+SLICE, PLANE = 81, 25  # points along a line, and along each side of a plane
 QUICK = {"seeds": 1, "epochs": 20}
 
 
@@ -161,11 +161,12 @@ def draw_sharpness(firsts: dict[str, Solution], path: pathlib.Path) -> None:
     places = np.arange(len(firsts))
     for i, name in enumerate(bars):
         heights = [solution.numbers[name] for solution in firsts.values()]
-        axes[1, 1].bar(places + 0.27 * (i - 1), heights, 0.25, label=name)
+        label = name.replace("rho", "ρ")
+        axes[1, 1].bar(places + 0.27 * (i - 1), heights, 0.25, label=label)
     axes[1, 1].set_xticks(places, firsts)
     axes[1, 1].set_title(f"the largest eigenvalue, and what gaps say (ρ = {RHO})")
     axes[1, 1].margins(y=0.25)  # room for the legend
-    axes[1, 1].legend(loc="upper right")
+    axes[1, 1].legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

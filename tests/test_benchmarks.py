@@ -219,3 +219,8 @@ def test_the_pareto_front_and_what_comes_as_far(quality):
     assert not quality.comes_as_far(cheap, best)
     # One point below on average, and within a standard error of the difference.
     assert quality.comes_as_far(point("d", 1, 1.0, [92.0, 88.0]), best)
+    # t(0.975) with one degree of freedom is 12.7, and the standard error 2.
+    assert (
+        quality.describe_less(point("d", 1, 1.0, [92.0, 88.0]), best) == "-1.0 ± 38.1"
+    )
+    assert quality.describe_less(best, best) == ""
