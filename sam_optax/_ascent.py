@@ -209,7 +209,7 @@ def scale_by_magnitude(
             updates = _tree.at_least_float32(updates)
 
             def by_magnitude(u, w):
-                return u * (jnp.abs(w).astype(u.dtype) + jnp.asarray(eta, u.dtype))
+                return (jnp.abs(w).astype(u.dtype) + jnp.asarray(eta, u.dtype)) * u
 
             if adaptive_mask is None:
                 return jax.tree.map(by_magnitude, updates, params)

@@ -209,6 +209,12 @@ MUTANTS = {
         "",
         first="on_the_way",
     ),
+    "norms by columns": Mutant(
+        "_tree.py", "@jax.jit\ndef _square", "def _square", first="by_rows"
+    ),
+    "inner products by columns": Mutant(
+        "_tree.py", "@jax.jit\ndef _overlap", "def _overlap", first="by_rows"
+    ),
     "guard stops counters": Mutant(
         "_guard.py",
         "if _is_value(n) else n,",

@@ -112,3 +112,17 @@ def test_under_strict_promotion():
         tree = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float32)}
         assert _tree.norm(tree) == pytest.approx(2)
         assert _tree.unit(tree)["a"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("measure", [_tree.squared_norm, lambda g: _tree.dot(g, g)])
+def test_gradients_are_summed_by_rows(measure):
+    """By columns, XLA cuts them into windows, slowly where these need padding."""
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    def measured(w, x):
+        return measure(jax.grad(loss_fn)(w, x))
+
+    w, x = jnp.ones((100, 100)), jnp.ones((8, 100))
+    assert "reduce-window" not in jax.jit(measured).lower(w, x).compile().as_text()
