@@ -654,18 +654,21 @@ def target_table(verdicts: Sequence[dict[str, Any]]) -> Table:
 
 def plot(results: Sequence[Result], path: pathlib.Path) -> None:
     """Each ratio of times with its spread, and its target where there is one."""
-    labels = [f"{row.name} / {row.over}" for row in results[0].comparisons]
+    # Not every model has every row.
+    rows = [(row.name, row.over) for result in results for row in result.comparisons]
+    heights = {row: y for y, row in enumerate(dict.fromkeys(rows))}
     at_most = {
         (target.name, target.over, model): target.at_most
         for target in TARGETS
         if target.quantity == "time"
         for model in target.models
     }
-    size = (4 + 3 * len(results), 1.5 + 0.2 * len(labels))
+    size = (4 + 3 * len(results), 1.5 + 0.2 * len(heights))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for panel, result in zip(panels, results, strict=True):
-        for y, row in enumerate(result.comparisons):
+        for row in result.comparisons:
+            y = heights[row.name, row.over]
             low, middle, high = row.time
             panel.errorbar(
                 middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0"
@@ -676,7 +679,7 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
         panel.axvline(1, color="gray", linewidth=0.5)
         panel.set_xlabel("time over time")
         panel.set_title(" ".join(map(str, result.case)))
-    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_yticks(range(len(heights)), map(" / ".join, heights))
     panels[0].invert_yaxis()
     figure.suptitle("median ratio of one round, the range of half of them; red: target")
     figure.savefig(path)

@@ -118,9 +118,10 @@ def sharpness_aware(
     optimizer; what follows (clipping, weight decay, accumulation) sees d.
 
     Args:
-      ascent: transformation g ↦ ε. It sees the parameters, and `grad_fn=`,
-        `ascent_gradient=` (g, for the later parts of a chain) and `group=` as extra
-        arguments. Its update runs on every step.
+      ascent: transformation g ↦ ε. It sees the parameters, and `grad_fn=`, `perturb=`
+        (params, ε -> w + ε in the dtype of w, for points on the way to take gradients
+        at), `ascent_gradient=` (g, for the later parts of a chain) and `group=` as
+        extra arguments. Its update runs on every step.
       descent: transformation gᵃ ↦ d with the extra arguments `ascent_gradient=` and
         `perturbation=`. Default None: d = gᵃ. It must give d = g when gᵃ = g.
       cadence: on which steps the second gradient is taken. Default None: on all.
