@@ -15,8 +15,8 @@ over `sam`, and what is cheaper than two gradients over plain SGD. Printed are
   their size;
 - each target with what was measured.
 
-`speed.json` and `speed.png` in the output directory hold the same. `--quick` takes two
-minutes.
+`speed.json` and `speed.png` in the output directory hold the same. `--quick` stays
+under two minutes.
 
     python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
     python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16

@@ -122,11 +122,10 @@ def decoupled_wsam(
         step, sam_state, base_state = state
         new_sam_state: Any
         g, new_sam_state = sam.update(updates, sam_state, params, **extra_args)
-        # After a bad step the guard leaves the last gap, which has had its turn.
-        finite = _tree.all_finite(g)
-        gap = jax.tree.map(
-            lambda x: jnp.where(finite, x, 0), new_sam_state.descent_state
-        )
+        gap = new_sam_state.descent_state
+        if guard:  # after a bad step it leaves the last gap, which has had its turn
+            finite = _tree.all_finite(g)
+            gap = jax.tree.map(lambda x: jnp.where(finite, x, 0), gap)
         updates, base_state = base.update(g, base_state, params, **extra_args)
         share = value_at(gamma, step)
         weight = value_at(learning_rate, step) * share / (1 - share)
