@@ -1,84 +1,30 @@
-"""Hyperparameters: numbers checked when building, schedules, and traced values."""
+"""Hyperparameters: each a number, a schedule of the step, or a traced value."""
 
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from sam_optax._checks import check_number
+
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
-
-
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-    at_most: float = math.inf,
-) -> None:
-    """Raises for a Python number outside [at_least, below) or above at_most.
-
-    Tracers, arrays and schedules pass: their values are not known when building.
-    """
-    if callable(value):
-        return
-    if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value) == 0:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a number, a schedule (step -> number) or a scalar array, "
-            f"got {value!r}."
-        )
-    if not (at_least <= float(value) < below and value <= at_most):
-        bounds = []
-        if at_least > -math.inf:
-            bounds.append(f">= {at_least:g}")
-        if at_most < math.inf:
-            bounds.append(f"<= {at_most:g}")
-        else:
-            bounds.append(f"< {below:g}" if below < math.inf else "finite")
-        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_positive_integer(name: str, value: Any) -> None:
-    """Raises for what is no integer >= 1."""
-    if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def check_static_integer(name: str, value: Any) -> None:
-    """The same for a hyperparameter, which `optax.inject_hyperparams` would trace."""
-    if not is_integer(value) or value < 1:
-        raise ValueError(
-            f"{name} must be an integer >= 1, got {value!r}. It chooses code, so it is "
-            "neither traced nor scheduled: under optax.inject_hyperparams, pass "
-            f"static_args=('{name}',)."
-        )
-
-
-def check_static_number(name: str, value: Any, **bounds: float) -> None:
-    """`check_number` for what neither a schedule nor a traced value can give."""
-    if callable(value) or isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"{name} must be a Python number, got {value!r}: it decides shapes or "
-            "counts, so it is neither traced nor scheduled. Under "
-            f"optax.inject_hyperparams, pass static_args=('{name}',)."
-        )
-    check_number(name, value, **bounds)
 
 
 def value_at(hyperparameter: ScalarOrSchedule, step: Any) -> Any:
     """The value of a number, a schedule or a traced scalar at a step."""
     return hyperparameter(step) if callable(hyperparameter) else hyperparameter
+
+
+def map_value(
+    function: Callable[[Any], Any], hyperparameter: ScalarOrSchedule
+) -> ScalarOrSchedule:
+    """Applies a function to a hyperparameter, whichever of its forms it has."""
+    if not callable(hyperparameter):
+        return function(hyperparameter)
+    return lambda step: function(hyperparameter(step))
 
 
 class ScheduledState(NamedTuple):
@@ -94,7 +40,7 @@ def scheduled(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `make_part(**hyperparameters)`, evaluating callables at the current step.
 
-    Parts are written for numbers alone; this is what lets each of their numbers be a
+    Parts are written for numbers alone; this function lets each of their numbers be a
     schedule. Step k uses the schedule's k-th value, counted from 0. A part without
     schedules carries no counter.
     """

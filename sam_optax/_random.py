@@ -1,7 +1,7 @@
 """Random keys inside optimizer state, stored as plain uint32 key data.
 
-Typed keys break `flax.serialization`, `np.asarray` and casts of a whole state, so the
-state holds the data and the implementation is kept beside it, statically.
+Typed keys break `flax.serialization`, `np.asarray` and casts of a whole state. So the
+state holds the key's data, and the transformation remembers its implementation.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Key = int | jax.Array
 
 
 class KeyStream(NamedTuple):
-    """A starting key, and how to use what is stored of it."""
+    """A starting key, and how to draw from the data that is stored of it."""
 
     start: Callable[[], jax.Array]  # () -> key data, a new buffer each time
     next: Callable[..., tuple[jax.Array, jax.Array]]  # data, group -> (key, data)
@@ -37,10 +37,11 @@ def _check_type(key: Key) -> None:
 
 
 def key_stream(key: Key) -> KeyStream:
-    """A stream of keys, from whatever names the first.
+    """A stream of keys, from an int, a typed key or a legacy one.
 
-    An int becomes a key when a state is made: a key is an array, and to build a method
-    must not start the devices, which `jax.distributed.initialize` has to come before.
+    An int becomes a key only when a state is made. A key is an array, and making one
+    starts the devices, before which `jax.distributed.initialize` has to be called; so
+    building a method must not make a key.
     """
     _check_type(key)
     implementation = (
@@ -48,7 +49,7 @@ def key_stream(key: Key) -> KeyStream:
     )
 
     def start():
-        # A copy, so that a donated state never takes the key of the next one with it.
+        # A copy, so that donating one state does not delete the key of the next.
         return jnp.array(jax.random.key_data(typed_key(key)), copy=True)
 
     def next_key(data, group=None):

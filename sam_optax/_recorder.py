@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from sam_optax._carrier import Report
-from sam_optax._hyperparameters import is_integer
+from sam_optax._checks import is_integer
+from sam_optax._step import Report
 
 _KEPT_ON_DEVICE = 1000
 
@@ -17,10 +17,10 @@ _KEPT_ON_DEVICE = 1000
 class Recorder:
     """Keeps the losses and reports of training steps, or hands them to a logger.
 
-    The reports come from `sam_value_and_grad(..., report=True)`. They are kept as they
-    come, on the device, so adding one does not wait for the step to end; `arrays`
-    brings them to the host, and so does a thousand later ones. Where no step is
-    recorded, leave out `report=True`: the compiled step is then that of plain training.
+    The reports come from `sam_value_and_grad(..., report=True)`. They stay on the
+    device at first, so that adding one does not wait for the step to end. `arrays`
+    brings them to the host; so do a thousand later steps. If you record no step, leave
+    out `report=True`: the compiled step is then the same as without a report.
 
     Args:
       log: called for each step with its number and a dict of floats, for example
@@ -98,7 +98,8 @@ class Recorder:
         self._steps.append(steps)
         self._values.append(values)
         self._pending += 1
-        if self._pending == 2 * _KEPT_ON_DEVICE:  # old steps, which nobody waits for
+        if self._pending == 2 * _KEPT_ON_DEVICE:
+            # The older half has long been computed, so this does not wait.
             old = slice(-2 * _KEPT_ON_DEVICE, -_KEPT_ON_DEVICE)
             self._values[old] = jax.device_get(self._values[old])
             self._pending = _KEPT_ON_DEVICE

@@ -1,8 +1,8 @@
 """Arithmetic on trees of arrays.
 
 Norms, inner products and everything derived from them are computed in at least
-float32, whatever the leaves are, and stay correct where a square would leave the
-range of the dtype. Trees are traversed with `jax.tree` only, so `None` leaves
+float32, whatever the dtype of the leaves, and stay correct where the square of an entry
+would overflow or underflow. Trees are traversed with `jax.tree` only, so `None` leaves
 (Equinox) and `optax.MaskedNode` pass through untouched.
 """
 
@@ -20,6 +20,12 @@ Scalar = jax.Array | float
 
 def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def outline(tree: Tree) -> tuple[Any, list[tuple[int, ...]]]:
+    """The structure of a tree and the shapes of its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [jnp.shape(leaf) for leaf in leaves]
 
 
 def at_least_float32(tree: Tree) -> Tree:
@@ -44,7 +50,7 @@ def zeros_like(tree: Tree) -> Tree:
 
 
 def scale(factor: Scalar, tree: Tree) -> Tree:
-    """factor · tree, in the dtype of each leaf (a wide factor widens nothing)."""
+    """factor · tree, in the dtype of each leaf, even if that of the factor is wider."""
     return jax.tree.map(lambda x: x * _as_real_of(factor, x), tree)
 
 
@@ -64,7 +70,7 @@ def subtract(x: Tree, y: Tree) -> Tree:
 
 
 def mean_of_groups(tree: Tree) -> Tree:
-    """The mean over the first axis; of counters and keys, which have none, one."""
+    """The mean over the first axis; counters and keys have none, so the first stays."""
     return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_inexact(x) else x[0], tree)
 
 
@@ -91,8 +97,9 @@ def squared_norm(tree: Tree) -> jax.Array:
     return sum_leaves(_square, at_least_float32(tree))
 
 
-# Compiled as calls, in which XLA lays out arrays by rows. The gradient of a matrix lies
-# by columns, and over these a sum takes a CPU up to thirty times as long.
+# These two are compiled as calls, because XLA then lays out their arguments by rows.
+# Otherwise the gradient of a matrix lies by columns, and a sum over columns takes a CPU
+# up to thirty times as long.
 @jax.jit
 def _overlap(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.real(jnp.conj(a) * b))
@@ -120,8 +127,8 @@ def largest_magnitude(tree: Tree) -> jax.Array:
 def reciprocal_or_zero(largest: jax.Array) -> jax.Array:
     """About 1/x; 0 where x is 0 or subnormal, NaN where x is not finite.
 
-    NaN, and not the 0 that 1/inf would give: a tree with an infinite entry has no
-    direction, and a finite one must not be made up for it.
+    1/inf would be 0, which would give a tree with an infinite entry a finite direction.
+    It has none, so the result is NaN.
     """
     tiny = jnp.finfo(largest.dtype).tiny
     is_zero = largest < tiny
@@ -144,17 +151,17 @@ class Sphere(NamedTuple):
 def measure(tree: Tree) -> Sphere:
     """Measures a tree once: norm, direction and finiteness all follow from it.
 
-    The square is the plain one, unless that leaves [1/reach, reach], inside which
-    neither squares nor their sum have lost digits: then the tree is multiplied by
-    1/reach or reach first, which brings every norm that the dtype can hold inside.
+    Inside of [1/reach, reach], the plain sum of squares has lost no digits, and it is
+    taken as it is. Outside, the tree is multiplied by reach or 1/reach first, which
+    brings every norm that the dtype can hold inside.
     """
     leaves = _of_one_width(jax.tree.leaves(at_least_float32(tree)))
     plain = squared_norm(leaves)
     reach = 2.0 ** (jnp.finfo(plain.dtype).maxexp * 3 // 4)
     is_safe = (plain >= 1 / reach) & (plain <= reach)
     rescue = jnp.where(plain > reach, 1 / reach, jnp.asarray(reach, plain.dtype))
-    # In a cond, because the pass over the tree it saves is dear and the need is rare.
-    # The branches are module-level functions, so that eager calls compile them once.
+    # A cond saves the second pass over the tree, which is rarely needed. Its branches
+    # are module-level functions, so that eager calls compile them only once.
     square = jax.lax.cond(is_safe, _plain, _rescued, plain, rescue, leaves)
     shrink = jnp.where(is_safe | (square == 0), 1, rescue)
     return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
@@ -171,7 +178,11 @@ def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Arra
 
 
 def _of_one_width(leaves: list[Any]) -> list[Any]:
-    """In the dtype of the widest, where a factor has room that suits a narrower not."""
+    """All leaves in the widest dtype among them.
+
+    The factor that rescues a norm is chosen for the range of that dtype, and would
+    overflow in a narrower one.
+    """
     dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in leaves]
     if len(set(dtypes)) <= 1:
         return leaves
@@ -226,10 +237,10 @@ def orthogonal_difference(x: Tree, y: Tree, direction: Tree) -> Tree:
 
 
 def _afresh(tree: Tree) -> Tree:
-    """The same tree, of which the compiler takes nothing for computed already.
+    """The same tree, in a form that keeps the compiler from reusing earlier results.
 
-    To compute a product or difference again is cheaper than to write it to memory, as
-    the compiler would, for the second of its uses.
+    Computing a product or difference twice is cheaper than writing it to memory for its
+    second use, which is what the compiler would do.
     """
     return jax.lax.optimization_barrier(tree)
 
@@ -239,15 +250,15 @@ _ROUNDING = 32
 
 
 def zero_if_rounding_of(whole: Tree, part: Tree) -> Tree:
-    """Zero where a part is only rounding of the whole it was subtracted from.
+    """The part, or zero if it is only the rounding error of a subtraction from whole.
 
-    For what is scaled up again, where such noise must not become a direction.
+    For parts that are scaled up later, so that rounding does not become a direction.
     """
     return scale(jnp.where(_is_rounding_of(whole, norm(part)), 0, 1), part)
 
 
 def unit_unless_rounding_of(whole: Tree, part: Tree) -> Tree:
-    """`unit` of `zero_if_rounding_of`, for which the part is measured but once."""
+    """`unit` of `zero_if_rounding_of`; the part is measured only once."""
     sphere = measure(part)
     is_rounding = _is_rounding_of(whole, length(sphere))
     return scale(jnp.where(is_rounding, 0, 1), to_unit(part, sphere))
@@ -295,14 +306,14 @@ def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tr
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every floating-point entry is finite.
 
-    Judged by `measure`, because a method has often measured the same tree already, and
-    the compiler computes that once.
+    It asks `measure`, because a method has often measured the same tree already, and
+    the compiler computes equal expressions once.
     """
     return jnp.isfinite(measure([x for x in jax.tree.leaves(tree) if is_inexact(x)])[1])
 
 
 def widest(*dtypes: Any) -> Any:
-    """The dtype with most bits; explicit, so that strict promotion has no objection."""
+    """The dtype with the most bits; strict dtype promotion would refuse to choose."""
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 

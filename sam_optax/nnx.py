@@ -8,16 +8,18 @@ that imports Flax.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
 
 from sam_optax import _tree
-from sam_optax._batch import loss_and_aux
-from sam_optax._data import DataRule
-from sam_optax._value_and_grad import value_and_ascent_grad as _value_and_ascent_grad
+from sam_optax._doors.batch import loss_and_aux
+from sam_optax._doors.value_and_grad import FirstPassOptions
+from sam_optax._doors.value_and_grad import (
+    value_and_ascent_grad as _value_and_ascent_grad,
+)
 
 
 def value_and_ascent_grad(
@@ -25,14 +27,8 @@ def value_and_ascent_grad(
     *,
     wrt: Any = nnx.Param,
     has_aux: bool = False,
-    data: DataRule | None = None,
-    batch_argnums: int | Sequence[int] | None = None,
-    batch_argnames: str | Sequence[str] = (),
-    m: int | None = None,
-    map_groups: str | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    sync_perturbation: bool | str | Sequence[str] = True,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    report: bool = False,
+    **options: Unpack[FirstPassOptions],
 ) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     """Like `nnx.value_and_grad`, with what the optimizer needs for the second gradient.
 
@@ -46,16 +42,13 @@ def value_and_ascent_grad(
       wrt: the variables that are trained, the same as the optimizer's. Default
         `nnx.Param`.
       has_aux: whether loss_fn returns (loss, aux). Default False.
-      data: as for `sam_optax.sam_value_and_grad`. Default None.
-      batch_argnums: as there; 0 is the model. Default 1.
-      batch_argnames: as there. Default none.
-      m: as there. What the groups make of floating-point variables is averaged.
-        Default None.
-      map_groups: as there. Default None.
-      axis_name: as there. Variables that are not trained are those of the device.
-        Default None.
-      sync_perturbation: as there. Default True.
-      axis_index_groups: as there. Default None.
+      report: whether the update reports on the step. After it, and in the same jitted
+        function, `extra_args["report"].value` is the `sam_optax.Report`. Default False.
+      options: data=, batch_argnums=, batch_argnames=, m=, map_groups=, axis_name=,
+        sync_perturbation= and axis_index_groups=, as for
+        `sam_optax.sam_value_and_grad`, where argument 0 is the model. Under m=, what
+        the groups make of floating-point variables is averaged. Under axis_name=,
+        variables that are not trained are those of the device.
 
     Returns:
       A function of the arguments of loss_fn that updates the model's other variables
@@ -87,17 +80,9 @@ def value_and_ascent_grad(
     Cost: one gradient; the other is taken in the update.
     """
 
-    options = {
-        "data": data,
-        "batch_argnums": batch_argnums,
-        "batch_argnames": batch_argnames,
-        "m": m,
-        "map_groups": map_groups,
-        "axis_name": axis_name,
-        "sync_perturbation": sync_perturbation,
-        "axis_index_groups": axis_index_groups,
-    }
-    _value_and_ascent_grad(loss_fn, **options)  # for what it raises
+    # Built here for what it raises; each step builds its own, over its own model.
+    first_pass_of = functools.partial(_value_and_ascent_grad, report=report, **options)
+    first_pass_of(loss_fn)
 
     def value_and_ascent_grad_fn(model, /, *args, **kwargs):
         graph, params, others = nnx.split(model, wrt, ...)
@@ -110,12 +95,12 @@ def value_and_ascent_grad(
             loss, aux = loss_and_aux(loss_fn(copied, *args, **kwargs), has_aux)
             return loss, (aux, nnx.as_pure(nnx.split(copied, wrt, ...)[2]))
 
-        first_pass = _value_and_ascent_grad(pure_loss_fn, has_aux=True, **options)
+        first_pass = first_pass_of(pure_loss_fn, has_aux=True)
         (loss, (aux, changed)), gradients, extra_args = first_pass(
             nnx.as_pure(params), *args, **kwargs
         )
         _check_same_variables(others, changed)
-        if m is not None:
+        if options.get("m") is not None:
             changed = _tree.mean_of_groups(changed)
         nnx.update(model, changed)
         # The optimizer looks for variables of the kind that it trains.
@@ -128,7 +113,7 @@ def value_and_ascent_grad(
 
 
 def _check_same_variables(before: Any, after: Any) -> None:
-    """What a pass adds to the model cannot leave the gradient's transformation."""
+    """Refuses variables that a pass adds: they cannot leave the gradient's trace."""
     known = {path for path, _ in nnx.to_flat_state(before)}
     added = [path for path, _ in nnx.to_flat_state(after) if path not in known]
     if added:

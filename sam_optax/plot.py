@@ -1,8 +1,8 @@
-"""Pictures of sharpness: spectra, slices of the loss, and training as it went.
+"""Plots of sharpness: spectra, slices of the loss, and the course of training.
 
-Each function takes one result of `sam_optax.sharpness` (or one `Recorder`), or a dict
-from names to several, which are drawn side by side in the same scales. Each draws on
-the axes it is given, or on new ones, and returns them.
+Each function takes one result of `sam_optax.sharpness` (`training` takes a `Recorder`),
+or a dict of several by name, which it draws on the same scales to compare them. It
+draws on the axes that you pass, or on new ones, and returns them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ try:
     from matplotlib.colors import LogNorm, Normalize
 except ImportError as error:
     raise ImportError(
-        'sam_optax.plot draws with matplotlib: pip install "sam_optax[plot]".'
+        'sam_optax.plot needs matplotlib. To install it: pip install "sam_optax[plot]".'
     ) from error
 
 
@@ -30,13 +30,13 @@ def spectrum(
     points: int = 2000,
     ax: Axes | None = None,
 ) -> Axes:
-    """The density of eigenvalues on a logarithmic axis, one curve per solution.
+    """The density of eigenvalues on a logarithmic scale, one curve per solution.
 
     Args:
-      densities: from `sharpness.spectral_density`, one or several by name.
-      width: standard deviation of the Gaussian that each node is drawn as. Default
+      densities: from `sharpness.spectral_density`; one, or a dict of several by name.
+      width: each node is drawn as a Gaussian; this is its standard deviation. Default
         None: for each solution, a hundredth of the range of its nodes.
-      points: of each curve. Default 2000.
+      points: how many points each curve has. Default 2000.
       ax: where to draw. Default None: on new axes.
 
     Returns:
@@ -44,7 +44,7 @@ def spectrum(
       its largest eigenvalue.
 
     Raises:
-      ValueError: if there is nothing to draw, nodes are not finite, or width <= 0.
+      ValueError: if the dict is empty, nodes are not finite, or width <= 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -67,7 +67,7 @@ def spectrum(
         curve = np.asarray(density.on_grid(grid, own_width))
         (line,) = ax.plot(grid, curve, label=_label(name, float(nodes.max())))
         ax.axvline(nodes.max(), color=line.get_color(), linestyle="--", linewidth=1)
-        # A node of the least weight that is not rounding, as high as it is drawn.
+        # The height of the lowest peak whose weight is more than a rounding error.
         shares = weights / len(weights)
         least = shares[shares > 1e-9].min() / (own_width * np.sqrt(2 * np.pi))
         lowest = min(lowest, least)
@@ -88,15 +88,16 @@ def lines(
     """The loss along lines, one curve per solution.
 
     Args:
-      named_lines: from `sharpness.along_line` or `interpolate`, one or several by name.
-      xlabel: what the distance is. Default "distance".
+      named_lines: from `sharpness.along_line` or `sharpness.interpolate`; one, or a
+        dict of several by name.
+      xlabel: the label of the distances. Default "distance".
       ax: where to draw. Default None: on new axes.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: if there is nothing to draw.
+      ValueError: if the dict is empty.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -122,21 +123,26 @@ def surfaces(
     levels: int = 20,
     axes: Any = None,
 ) -> Any:
-    """The loss over planes: a panel of contours per solution, in the same colours.
+    """The loss over planes: contours in a panel per solution, with shared colours.
 
     Args:
-      named_surfaces: from `sharpness.over_plane`, one or several by name.
-      levels: how many, spaced evenly in the logarithm of the loss, or evenly where some
-        losses are negative. Default 20.
-      axes: an array of as many axes. Default None: new ones, in rows of three.
+      named_surfaces: from `sharpness.over_plane`; one, or a dict of several by name.
+      levels: into how many intervals of colour the losses are divided. These are equal
+        in the logarithm of the loss, or in the loss itself if some losses are negative.
+        Default 20.
+      axes: an array of axes, at least one for each solution. Default None: new ones, in
+        rows of three.
 
     Returns:
-      An array of axes, shape (solutions,). A cross marks the parameters. Losses above a
-      thousand times the highest of the panels' minima share the last colour.
+      An array of axes, shape (solutions,). A cross marks the parameters. On the
+      logarithmic scale, losses above a limit share the last colour, so that one high
+      corner does not hide the rest. The limit is 1000 times the smallest positive loss
+      of a panel (or times 1, if that is less), for the panel where this is highest; but
+      at least 1000 times the smallest positive loss of all panels.
 
     Raises:
-      ValueError: if there is nothing to draw, there are too few axes, or no loss is
-        finite.
+      ValueError: if the dict is empty, there are too few axes, or a surface has no
+        finite loss.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -152,7 +158,8 @@ def surfaces(
     contours = None
     for (name, surface), ax in zip(named.items(), axes, strict=True):
         xs, ys = np.asarray(surface.xs), np.asarray(surface.ys)
-        # Logarithms have no zero. What is below the edges has the first colour anyway.
+        # Zero has no logarithm. Raising losses to the first edge does not change their
+        # colour: all losses below it have the first colour.
         heights = np.ma.masked_invalid(np.maximum(surface.losses, edges[0]))
         contours = ax.contourf(xs, ys, heights, levels=edges, norm=norm, extend="both")
         ax.contour(xs, ys, heights, levels=edges[::3], colors="black", linewidths=0.4)
@@ -172,19 +179,20 @@ def training(
     *,
     axes: Any = None,
 ) -> Any:
-    """What recorders kept, over the steps: a panel per quantity, a curve per training.
+    """What recorders have recorded: a panel per quantity, a curve per training run.
 
     Args:
-      recorders: one or several by name.
-      axes: an array of six axes. Default None: new ones.
+      recorders: one `Recorder`, or a dict of several by name.
+      axes: an array of at least six axes. Default None: new ones.
 
     Returns:
-      An array of six axes: loss, perturbed loss, surrogate gap, the norms of both
-      gradients, the cosine between them, and the norm of the perturbation. Steps that
-      did not ascend are left out where they have nothing to show; NaN leaves a gap.
+      An array of six axes: the loss, the perturbed loss, the surrogate gap, the norms
+      of the gradients g at the parameters and gᵃ at the perturbed point, the cosine
+      between the two, and the norm of the perturbation ε. For steps that did not
+      ascend, only the loss and ‖g‖ are drawn. NaN leaves a gap in a curve.
 
     Raises:
-      ValueError: if there is nothing to draw, or there are too few axes.
+      ValueError: if the dict is empty, or there are too few axes.
 
     Examples:
       >>> import numpy as np, sam_optax
@@ -206,7 +214,7 @@ def training(
                 shown = always | np.asarray(arrays["ascended"], bool)
                 steps, values = arrays["step"][shown], arrays[field][shown]
                 ax.plot(steps, values, style, color=f"C{i}", label=text or None)
-        if title.startswith("norm"):  # or rounding would look like a change
+        if title.startswith("norm"):  # from 0, or rounding would look like a change
             ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 0) or 1)
         ax.set_title(title)
         ax.set_xlabel("step")
@@ -214,7 +222,7 @@ def training(
     return axes
 
 
-# Title of a panel -> recorded fields -> what tells them apart in the legend.
+# The title of each panel, and the recorded fields in it with their legend labels.
 _PANELS = {
     "loss": {"loss": ""},
     "perturbed loss": {"perturbed_loss": ""},
@@ -226,7 +234,7 @@ _PANELS = {
 
 
 def _named(results: Any) -> dict[str, Any]:
-    """By name; one alone has an empty name, which no legend shows."""
+    """Results by name. A single result gets an empty name, which no legend shows."""
     named = dict(results) if isinstance(results, Mapping) else {"": results}
     if not named:
         raise ValueError("There is nothing to draw.")
@@ -267,7 +275,7 @@ def _panels(axes: Any, count: int, size: tuple[float, float]) -> Any:
 
 
 def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize]:
-    """Shared edges of the colours, and the scale that they are even in."""
+    """The edges between colours, and the scale on which they are evenly spaced."""
     known = [x[np.isfinite(x)] for x in losses]
     if not all(x.size for x in known):
         raise ValueError("A surface holds no finite loss.")
@@ -275,8 +283,11 @@ def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize
     if lowest < 0:
         edges = np.linspace(lowest, max(highest, lowest + 1e-9), count + 1)
         return edges, Normalize(edges[0], edges[-1])
-    # One corner that explodes must not hide the minima, nor a loss of exactly zero.
-    highest = min(highest, 1e3 * max(x[x > 0].min(initial=1.0) for x in known))
+    # A corner with huge losses, or a loss of exactly zero, must not stretch the scale
+    # until the minima cannot be told apart.
+    smallest = [x[x > 0].min() for x in known if np.any(x > 0)]
+    limit = max((min(x, 1.0) for x in smallest), default=1.0)
+    highest = min(highest, 1e3 * max(limit, min(smallest, default=1.0)))
     lowest = max(lowest, 1e-6 * highest)
     edges = np.geomspace(lowest, max(highest, 1.001 * lowest), count + 1)
     return edges, LogNorm(edges[0], edges[-1])

@@ -1,7 +1,7 @@
 """Measures of sharpness: plain functions of a loss, parameters and data.
 
-They know nothing of the methods that train, and hold for any differentiable loss. Every
-measure is one compiled program that visits the data a batch at a time.
+They do not depend on how the parameters were trained, and take any differentiable loss.
+Every measure is one compiled program that visits the data one batch at a time.
 """
 
 from sam_optax.sharpness._ball import Sharpness as Sharpness

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from sam_optax import _layout as layout
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax._hyperparameters import check_number, check_positive_integer
+from sam_optax._checks import check_number, check_positive_integer
 from sam_optax._random import Key, typed_key
 from sam_optax.sharpness._batches import check_data, finish, mean_over_groups
 from sam_optax.sharpness._checks import check_params
@@ -25,14 +25,14 @@ Norm = Literal["l2", "linf"]
 
 
 class Sharpness(NamedTuple):
-    """How much the loss rises; scalars, and the perturbation that does it.
+    """How much the loss rises from w to w + ε.
 
     Attributes:
       loss: L(w).
       perturbed_loss: L(w + ε).
       sharpness: L(w + ε) − L(w).
-      perturbation: ε, with the structure of the parameters; None under `m`, where every
-        group of examples has its own.
+      perturbation: ε, a tree like the parameters. With `m`, every group of examples has
+        its own ε: then this is None, and the losses are means over the groups.
     """
 
     loss: jax.Array  # shape=(), at least float32
@@ -42,24 +42,24 @@ class Sharpness(NamedTuple):
 
 
 class _Ball(NamedTuple):
-    """{ε : ‖ε / c‖ ≤ ρ}, described in coordinates δ = ε / c, in which it is round.
+    """The ball ‖ε / c‖ ≤ ρ, in coordinates δ = ε / c, where it is ‖δ‖ ≤ ρ.
 
-    c is |w| in the adaptive case, and else 1.
+    c is the magnitude of w, by entry, in the adaptive case, and 1 otherwise.
     """
 
     norm: Norm
-    stretch: Callable[[Any], Any]  # δ -> ε, and a gradient by ε -> one by δ
+    stretch: Callable[[Any], Any]  # times c: turns δ into ε, and ∂L/∂ε into ∂L/∂δ
     rho: Any
 
     def steepest(self, gradient: Any) -> Any:
-        """The δ on the boundary along which the loss rises fastest."""
+        """The δ with ‖δ‖ = ρ along which the loss rises fastest."""
         gradient = self.stretch(gradient)
         if self.norm == "l2":
             return _tree.scale(self.rho, _tree.unit(gradient))
         return _tree.scale(self.rho, jax.tree.map(jnp.sign, gradient))
 
     def project(self, delta: Any) -> Any:
-        """The nearest δ inside."""
+        """The point of the ball that is nearest to δ."""
         if self.norm == "l2":
             size = _tree.norm(delta)
             return _tree.scale(
@@ -70,8 +70,10 @@ class _Ball(NamedTuple):
         return jax.tree.map(lambda d: jnp.clip(d, -rho, rho).astype(d.dtype), delta)
 
     def draw(self, key: jax.Array, like: Any) -> Any:
-        """A random δ: on the sphere (where nearly all of a large ball is), or inside
-        the cube."""
+        """A random δ: on the sphere for "l2", anywhere in the cube for "linf".
+
+        In many dimensions nearly all of a ball's volume lies close to the sphere.
+        """
         if self.norm == "l2":
             return _tree.scale(self.rho, _tree.unit(_tree.normal_like(key, like)))
         uniform = _tree.uniform_like(key, like)
@@ -89,37 +91,45 @@ def surrogate_gap(
     m: int | None = None,
     batch_size: int | None = None,
 ) -> Sharpness:
-    r"""The rise of the loss after SAM's one step: GSAM's surrogate gap.
+    r"""The rise of the loss at SAM's perturbed point: the surrogate gap of GSAM.
 
     .. math::
       h(w) = L(w + \varepsilon) - L(w), \qquad
       \varepsilon = \rho \, \frac{\nabla L(w)}{\|\nabla L(w)\|_2}
 
-    `eigenvalue_from_gap` makes an estimate of the largest eigenvalue from it.
+    This is the rise after a single step along the gradient. `worst_case` searches the
+    ball for a larger one.
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       rho: the radius, at least 0.
-      norm: "l2", or "linf" with ε = ρ sign(∇L). Default "l2".
-      adaptive: measure ε in units of \|w\|, elementwise, as ASAM does:
-        ε = ρ w² ∇L / ‖w ∇L‖, or ρ \|w\| sign(∇L). It does not change where neurons are
-        rescaled. Default False.
-      m: m-sharpness: an ε for each group of m consecutive examples, and the mean of
-        their gaps. Default None: one for all examples.
-      batch_size: how many examples to evaluate at once. Default None: all, or one
-        group. An incomplete last batch counts by its examples.
+      norm: the norm of ε that is ρ: "l2" as above, or "linf", where ε = ρ sign(∇L).
+        Default "l2".
+      adaptive: whether ε is measured relative to \|w\|, entry by entry, as in ASAM:
+        ε = ρ w² ∇L / ‖w ∇L‖ for "l2", and ε = ρ \|w\| sign(∇L) for "linf". The gap
+        then stays the same if neurons are rescaled such that the network computes the
+        same function. Default False.
+      m: if given, each group of m consecutive examples has its own ε, and the result is
+        the mean over the groups (m-sharpness). Default None: one ε for all examples.
+      batch_size: how many examples to evaluate at once; with `m`, a multiple of m.
+        Default None: all, or with `m` one group. An incomplete last batch is weighted
+        by its number of examples.
 
     Returns:
-      A `Sharpness`. A large ρ can step over the hill: the gap is negative then. One of
-      a small ρ drowns in rounding: in float32, keep it well above 1e-7 of the loss.
+      A `Sharpness`. For a large ρ the step can go beyond the hill, and the gap can be
+      negative. For a small ρ the gap is lost in rounding: in float32, choose ρ such
+      that the gap is well above 1e-7 of the loss.
 
     Raises:
-      ValueError: if rho < 0, the data are empty or uneven, or params is not finite
-        (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if rho < 0, the data are empty or cannot be divided into groups of m,
+        their arrays hold different numbers of examples, or a parameter is not finite.
+        Traced values are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -173,42 +183,51 @@ def worst_case(
       \varepsilon \leftarrow \Pi\big(\varepsilon + \alpha_t \, \rho \,
         \tfrac{\nabla L(w + \varepsilon)}{\|\nabla L(w + \varepsilon)\|_2}\big)
 
-    with steps that shrink linearly, α_t = α (1 − t / n), and the best point of all
-    restarts kept. It is a lower bound of the true maximum; more steps and restarts come
-    closer.
+    where p is 2 or ∞ and Π projects onto the ball. The steps t = 0, …, n − 1 shrink
+    linearly, α_t = α (1 − t / n). The best point of all restarts counts. It is a lower
+    bound of the true maximum; more steps and restarts come closer to it.
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       rho: the radius, at least 0.
-      steps: n. Default 20, as in Andriushchenko et al. With one step and one restart it
-        is the `surrogate_gap`, or 0 where that is negative.
-      restarts: the first starts at w and the others at random; more than one is needed
-        where the gradient is zero. Default 2.
-      step_size: α, of the first step, in units of ρ. Default 1.
-      norm: "l2", or "linf" with the sign of the gradient as its direction. Default
-        "l2".
-      adaptive: measure ε in units of \|w\|, elementwise: ‖ε / w‖ ≤ ρ. Weights of 0
-        stay. Default False.
-      m: m-sharpness: the maximum for each group of m consecutive examples, and the
-        mean of these. Default None: one ε for all examples.
-      batch_size: how many examples to evaluate at once; under `m`, a multiple of it.
-        Default None: all, or one group.
-      key: of the random starts. Default 0.
+      steps: n, the ascent steps of each restart. Default 20, as in Andriushchenko et
+        al. With one step, one restart and the default step size, the result is the
+        `surrogate_gap`, or 0 if that is negative.
+      restarts: how many times to start. The first start is w itself, which the ascent
+        cannot leave if the gradient there is zero; the others are random points of the
+        ball. Default 2.
+      step_size: α, the size of the first step in units of ρ. Default 1.
+      norm: of the ball: "l2" (p = 2), or "linf" (p = ∞), where the ascent follows the
+        sign of the gradient. Default "l2".
+      adaptive: whether ε is measured relative to \|w\|, entry by entry: ‖ε / w‖ ≤ ρ.
+        Weights that are 0 then stay 0. Default False.
+      m: if given, the maximum is taken for each group of m consecutive examples, and
+        the result is the mean over the groups (m-sharpness). Default None: one ε for
+        all examples.
+      batch_size: how many examples to evaluate at once; with `m`, a multiple of m.
+        Default None: all, or with `m` one group.
+      key: seed or JAX random key of the random starts. Default 0.
 
     Returns:
-      A `Sharpness`, at least 0. Where ρ is 0 or nothing higher was found, ε is 0.
+      A `Sharpness`; its `sharpness` is at least 0. If ρ is 0, or no higher point was
+      found, ε is 0.
 
     Raises:
-      ValueError: if rho < 0, a count is no positive integer, the data are empty or no
-        whole number of groups, or params is not finite (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if rho or step_size is negative, a count is not a positive integer,
+        the data are empty or cannot be divided into groups of m, their arrays hold
+        different numbers of examples, or a parameter is not finite. Traced values are
+        not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
-      At the minimum of L = (w₁² + 9 w₂²) / 2 the gradient is zero. The second start
-      finds the sharp direction, in which the loss rises by 9 ρ² / 2.
+      At the minimum of L = (w₁² + 9 w₂²) / 2 the gradient is zero, so the first start
+      stays there. The second one finds the sharp direction, along which the loss rises
+      by 9 ρ² / 2.
 
       >>> import jax.numpy as jnp
       >>> from sam_optax import sharpness
@@ -259,32 +278,38 @@ def average_case(
     batch_size: int | None = None,
     key: Key = 0,
 ) -> Estimate:
-    r"""The mean rise of the loss under Gaussian noise.
+    r"""The mean rise of the loss when Gaussian noise is added to the parameters.
 
     .. math::
       \mathbb{E}_{\varepsilon \sim N(0, \rho^2)} [L(w + \varepsilon) - L(w)]
         \approx \tfrac{\rho^2}{2} \, \mathrm{tr} \, \nabla^2 L(w)
 
+    The approximation holds for small ρ.
+
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
-      rho: the standard deviation of each entry of ε, at least 0; ‖ε‖ is about ρ times
-        the root of the number of parameters.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
+      rho: the standard deviation of each entry of ε, at least 0. ‖ε‖ is then about ρ
+        times the square root of the number of parameters.
       samples: how many ε are drawn. Default 100.
-      adaptive: noise of standard deviation ρ \|w\|, elementwise. Default False.
+      adaptive: whether the standard deviation of each entry is ρ \|w\| instead of ρ.
+        Default False.
       batch_size: how many examples to evaluate at once. Default None: all.
-      key: of the noise. Default 0.
+      key: seed or JAX random key of the noise. Default 0.
 
     Returns:
-      An `Estimate`. Each sample is on all examples, so groups of m would not change the
-      mean.
+      An `Estimate`. There is no `m` here: the noise does not depend on the examples, so
+      groups of them would have the same expected rise.
 
     Raises:
-      ValueError: if rho < 0, samples < 2, the data are empty or uneven, or params is
-        not finite (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if rho < 0, samples < 2, the data are empty, their arrays hold
+        different numbers of examples, or a parameter is not finite. Traced values are
+        not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -317,19 +342,19 @@ def average_case(
 
 
 def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
-    r"""GSAM's estimate of the largest eigenvalue of the Hessian, from a gap.
+    r"""GSAM's estimate of the largest eigenvalue of the Hessian, from a surrogate gap.
 
     .. math::
       \sigma_{max} \approx 2 h / \rho^2
 
-    Holds at a minimum, for small ρ, and an h that is the largest in the ball: there
-    `worst_case(...).sharpness`. Away from a minimum, h also holds the gradient's part,
-    ρ ‖∇L‖, and the estimate is too large; SAM's one step does not find the direction of
-    the largest rise, and with its `surrogate_gap` it is too small.
+    This holds at a minimum and for small ρ, if h is the largest rise in the ball: use
+    `worst_case(...).sharpness`. The `surrogate_gap` there is too small, because SAM's
+    single step does not find the direction of the largest rise. Away from a minimum, h
+    also contains the rise along the gradient, ρ ‖∇L‖, and the estimate is too large.
 
     Args:
       gap: h, a number or an array.
-      rho: the radius that it was measured with, above 0.
+      rho: the radius with which h was measured, above 0.
 
     Returns:
       2h / ρ².
@@ -346,7 +371,7 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
       <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Lemma 3.3.
 
-    Cost: none.
+    Cost: no pass over the data.
     """
     _check_radius(rho)
     if not isinstance(rho, Tracer) and rho == 0:
@@ -356,7 +381,7 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
 
 def _check_radius(rho: Any) -> None:
     if callable(rho):
-        raise TypeError("rho must be a number: a measure has no step for a schedule.")
+        raise TypeError("rho must be a number: there is no step for a schedule here.")
     is_known = hasattr(rho, "dtype") and not isinstance(rho, Tracer)
     check_number("rho", float(rho) if is_known else rho, at_least=0)
 
@@ -434,12 +459,12 @@ def _worst_case(
 
         def restart(index, best):
             drawn = ball.draw(jax.random.fold_in(key, index), params)
-            drawn = layout.like(drawn, params)
+            drawn = sharding.like(drawn, params)
             start = _tree.scale(jnp.where(index == 0, 0, 1), drawn)
             delta, best = jax.lax.fori_loop(0, steps, climb, (start, best))
             return keep_higher(best, at(delta, mean_loss), delta)
 
-        start = layout.like(_tree.zeros_like(params), params)
+        start = sharding.like(_tree.zeros_like(params), params)
         loss = at(start, mean_loss)
         best = jax.lax.fori_loop(0, restarts, restart, (loss, start))
         return Sharpness(loss, best[0], best[0] - loss, ball.stretch(best[1]))
@@ -448,7 +473,7 @@ def _worst_case(
 
 
 def _over_groups(measure, data, batch_size, m, key) -> Sharpness:
-    """measure(key, data, batch_size) -> Sharpness on all data, or per group of m."""
+    """measure(key, data, batch_size) on all data, or its mean over groups of m."""
     if m is None:
         return measure(key, data, batch_size)
     return mean_over_groups(
@@ -467,7 +492,7 @@ def _average_case(loss_fn, params, data, rho, key, *, samples, adaptive, batch_s
     loss = mean_loss(loss_fn, params, data, batch_size)
 
     def rise(key):
-        noise = stretch(layout.like(_tree.normal_like(key, params), params))
+        noise = stretch(sharding.like(_tree.normal_like(key, params), params))
         point = _tree.add_scaled(params, rho, noise)
         return mean_loss(loss_fn, point, data, batch_size) - loss
 

@@ -1,4 +1,4 @@
-"""Means over a data set, visited a batch at a time inside one compiled program."""
+"""Means over a data set that one compiled program visits a batch at a time."""
 
 import functools
 import itertools
@@ -11,25 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _layout as layout
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax._hyperparameters import check_positive_integer
+from sam_optax._checks import check_positive_integer
 
 
 @jax.tree_util.register_pytree_node_class
 class Stream:
-    """Batches that stay where they are until a measure needs them; see `stream`."""
+    """Batches that are read one at a time, when a measure needs them; see `stream`."""
 
     def __init__(self, batches: Sequence[Any]):
         self._source = _Source(batches)
-        self._number = np.int32(next(_numbers))  # what a compiled program knows it by
+        self._number = np.int32(next(_numbers))  # names it in compiled programs
         _sources[int(self._number)] = self._source
         self.count = len(batches)
         self.first = _outline(self._source.read(0))
-        # The last one may be shorter; which of the others differs shows when fetched.
+        # The last batch may be shorter. Whether the others are like the first is only
+        # checked when they are fetched.
         self.last = _outline(self._source.read(self.count - 1))
         for outline in (self.first, self.last):
-            example_count(outline)  # raises if there are none
+            example_count(outline)  # raises if the batch holds no examples
 
     @property
     def size(self) -> int:
@@ -49,12 +50,13 @@ class Stream:
         return stream
 
     def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
-        """One batch, inside a compiled program, in the dtypes that JAX computes in."""
+        """Reads a batch inside a compiled program, cast to the dtypes that JAX uses."""
         expected = self.last if is_last else self.first
         outline = jax.tree.map(
             lambda s: s.update(dtype=jax.dtypes.canonicalize_dtype(s.dtype)), expected
         )
-        # Reads by index, so that JAX is free to call it in any order, and again.
+        # JAX may call a pure callback repeatedly and in any order. That is harmless
+        # here, because each call reads by index.
         return jax.pure_callback(
             functools.partial(_read, expected, outline),
             outline,
@@ -64,14 +66,14 @@ class Stream:
         )
 
     def raise_error(self) -> None:
-        """Raises what went wrong while batches were read."""
+        """Raises the first error that reading a batch has raised, if there is one."""
         if self._source is not None and self._source.error is not None:
             error, self._source.error = self._source.error, None
             raise error
 
 
 class _Source:
-    """A user's batches, and the first error of reading them."""
+    """The batches of a stream, and the first error that reading them has raised."""
 
     def __init__(self, batches: Sequence[Any]):
         self.batches = batches
@@ -81,20 +83,25 @@ class _Source:
         return jax.tree.map(np.asarray, as_arguments(self.batches[index]))
 
 
-# Programs hold numbers, not data: they are shared by streams, and keep none alive.
+# A compiled program gets the number of a stream, not its data. So streams of the same
+# shapes share a program, and no program keeps the data alive.
 _sources: weakref.WeakValueDictionary[int, _Source] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
-    """A batch on the host. An error waits in the source, and the batch is all NaN.
+    """Reads a batch on the host. After an error, the batch is all NaN.
 
-    Raised in a callback, it would leave the other devices waiting for this one.
+    An error raised here would leave the other devices waiting for this one. So the
+    source keeps it, and `finish` raises it when the program has ended.
     """
     source = _sources.get(int(number))
     try:
         if source is None:
-            raise RuntimeError("The stream was dropped while a program still reads it.")
+            raise RuntimeError(
+                "The stream was deleted, but a compiled program still reads it. Keep a "
+                "reference to the stream."
+            )
         batch = source.read(int(index))
         if _outline(batch) != expected:
             raise ValueError(
@@ -116,7 +123,7 @@ def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
 
 
 def finish(data: Any, result: Any) -> Any:
-    """The result of a measure, once it is known that its data could be read."""
+    """Returns the result of a measure, or raises the error of reading its data."""
     if isinstance(data, Stream):
         result = jax.block_until_ready(result)
         data.raise_error()
@@ -133,28 +140,30 @@ def _outline(batch: Any) -> Any:
 
 
 def stream(batches: Sequence[Any]) -> Stream:
-    """Data that does not fit on the device: batches in host memory, or on disk.
+    """Data that does not fit on the device: batches in host memory or on disk.
 
     Args:
-      batches: a sequence, that is anything with a length and integer indices; each of
-        its items is one batch, the arguments of the loss after the parameters. Items
-        have equal shapes, but the last may hold fewer examples. An index can be asked
-        for several times and must give the same batch each time, so no shuffling and
-        no random augmentation.
+      batches: a sequence, that is anything with a length and integer indices. Each item
+        is one batch: the arguments of the loss after the parameters. All batches have
+        the same shapes, except that the last may hold fewer examples. A measure can ask
+        for the same index several times and must get the same batch each time, so do
+        not shuffle or augment at random.
 
     Returns:
-      What every measure of this module takes as `data`. Each batch is fetched when it
-      is needed and dropped thereafter: the device holds one at a time. A measure raises
-      the error of a batch that could not be read; inside of a jitted function of your
-      own, where it cannot, that batch is NaN (integers are 0).
+      A `Stream`, which every measure of this module takes as `data`. Each batch is
+      fetched when it is needed and dropped afterwards, so the device holds one batch at
+      a time. If a batch cannot be read, the measure raises the error. Inside a jitted
+      function of your own it cannot raise; there such a batch is NaN (and its integers
+      are 0).
 
     Raises:
-      TypeError: if batches is no sequence, such as an iterator that can be read once.
-      ValueError: if there is no batch, or one is empty; while measuring, if the shapes
-        of one of them differ.
+      TypeError: if batches is not a sequence, for example an iterator, which can be
+        read only once.
+      ValueError: if there are no batches, or the first or the last is empty. A measure
+        raises it if another batch differs from the first in shapes or dtypes.
 
     Examples:
-      Batches of a memory-mapped file, read from the disk when they are needed.
+      This reads batches of a memory-mapped file from the disk when they are needed.
 
       >>> import numpy as np
       >>> from sam_optax import sharpness
@@ -182,20 +191,20 @@ def stream(batches: Sequence[Any]) -> Stream:
 
 
 def as_arguments(data: Any) -> tuple[Any, ...]:
-    """The arguments of the loss after the parameters; one of them needs no tuple."""
+    """`data` as a tuple of arguments; a single argument needs no tuple."""
     is_several = isinstance(data, (tuple, list)) and not hasattr(data, "_fields")
     return tuple(data) if is_several else (data,)
 
 
 def check_data(data: Any, batch_size: int | None, m: int | None = None) -> Any:
-    """`data` as a Stream or a tuple of trees of arrays, which can be divided so."""
+    """`data` as a Stream or a tuple of trees, after checks that it can be divided."""
     if batch_size is not None:
         check_positive_integer("batch_size", batch_size)
     if m is not None:
         check_positive_integer("m", m)
     if isinstance(data, Stream):
         if batch_size is not None:
-            raise ValueError("Streamed data have their batches; leave out batch_size=.")
+            raise ValueError("A stream already has its batches; leave out batch_size=.")
         _check_groups(m, [data.first, data.last])
         return data
     data = as_arguments(data)
@@ -213,9 +222,9 @@ def example_count(data: Any) -> int:
     shapes = [jnp.shape(leaf) for leaf in leaves]
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
-            "All arrays of the data must have the examples along their first axis, as "
-            f"many in each; their shapes are {shapes}. Bind what is no example to the "
-            "loss beforehand."
+            "All arrays of the data must have the examples along their first axis, the "
+            f"same number in each; their shapes are {shapes}. If an argument of the "
+            "loss holds no examples, bind it with functools.partial."
         )
     if shapes[0][0] == 0:
         raise ValueError(f"The data are empty: their shapes are {shapes}.")
@@ -226,7 +235,7 @@ def _check_groups(m: int | None, batches: Sequence[Any]) -> None:
     for batch in batches:
         if m is not None and example_count(batch) % m:
             raise ValueError(
-                f"{example_count(batch)} examples are no whole number of groups of "
+                f"{example_count(batch)} examples make no whole number of groups of "
                 f"m = {m}. Leave some out: x[: len(x) // {m} * {m}]."
             )
 
@@ -234,10 +243,11 @@ def _check_groups(m: int | None, batches: Sequence[Any]) -> None:
 def mean_over_batches(
     function: Callable[..., Any], data: Any, batch_size: int | None
 ) -> Any:
-    """The mean of `function(index, *batch)`, batches weighed by their examples.
+    """The mean of `function(index, *batch)` over batches, weighted by their sizes.
 
-    The result is a tree of floats, summed in at least float32. Which examples make a
-    batch is chosen such that examples spread over devices stay where they are.
+    The function returns a tree of floats; the sum is in at least float32. If n batches
+    of equal size make up the data, each takes every n-th example, so that examples that
+    are sharded over devices stay on their devices.
     """
     if isinstance(data, Stream):
         count, size = data.count, data.size
@@ -286,8 +296,8 @@ def mean_over_groups(
 ) -> Any:
     """The mean of `function(key, *group)` over groups of m consecutive examples.
 
-    As many groups run together as there are in a batch; without one, groups of an array
-    run one after another.
+    The groups of a batch run together. If batch_size is None, the groups of arrays run
+    one after another; those of a stream still run a batch at a time.
     """
 
     def split(x):
@@ -295,7 +305,7 @@ def mean_over_groups(
 
     def visit(index, *groups):
         keys = jax.random.split(jax.random.fold_in(key, index), example_count(groups))
-        keys = layout.like_first_axis(keys, groups)
+        keys = sharding.like_first_axis(keys, groups)
         return _tree.mean_of_groups(
             _tree.at_least_float32(jax.vmap(function)(keys, *groups))
         )
@@ -310,12 +320,13 @@ def mean_over_groups(
 
 def _divisible(data: Any, length: int) -> Any:
     return jax.tree.map(
-        lambda x: layout.spread_or_replicate(jnp.asarray(x), length), data
+        lambda x: sharding.spread_or_replicate(jnp.asarray(x), length), data
     )
 
 
 def _every_nth(x: Any, index: Any, batch: int, count: int) -> jax.Array:
-    # Each device's share of the first axis holds its share of every batch.
+    # If the first axis is sharded, the part of it that a device holds contains the
+    # device's part of every batch.
     x = x.reshape(batch, count, *x.shape[1:])
     return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 

@@ -1,4 +1,4 @@
-"""What the measures of sharpness ask of parameters."""
+"""Checks of the parameters that the measures of sharpness are given."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ from sam_optax import _tree
 
 
 def check_params(params: Any, name: str = "params") -> Any:
-    """The parameters, in at least float32: a small ε would round away in less."""
+    """Checks the parameters, and casts them to at least float32.
+
+    In a narrower dtype, w + ε would be rounded to w for a small ε.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         kind = type(leaf).__name__
@@ -20,8 +23,8 @@ def check_params(params: Any, name: str = "params") -> Any:
         if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is {kind}: only real "
-                "floating-point parameters can be measured. Bind others to the loss "
-                "beforehand, as eqx.partition and nnx.split take them apart."
+                "floating-point parameters can be measured. Separate the others, for "
+                "example with eqx.partition or nnx.split, and bind them to the loss."
             )
     if not _tree.size(params):
         raise ValueError(f"{name} holds no numbers.")

@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam_optax._hyperparameters import check_positive_integer
+from sam_optax._checks import check_positive_integer
 
 
 class Estimate(NamedTuple):
     """A mean of random samples.
 
     Attributes:
-      mean: of the samples.
-      standard_error: of the mean: the samples' standard deviation over the root of
-        their number. Two of them either way hold the truth with some 95 %.
+      mean: the mean of the samples.
+      standard_error: the standard deviation of the samples, divided by the square root
+        of their number. With many samples, the true mean is within two standard errors
+        of this one with a probability of about 95 %.
     """
 
     mean: jax.Array  # shape=(), at least float32
@@ -31,6 +32,6 @@ def check_at_least_two(name: str, count: Any) -> None:
 def estimate_over_keys(
     sample: Callable[[jax.Array], jax.Array], key: jax.Array, count: int
 ) -> Estimate:
-    """Mean and standard error of sample(key), drawn one after another."""
+    """The mean and standard error of sample(key) over `count` keys, one at a time."""
     values = jax.lax.map(sample, jax.random.split(key, count))
     return Estimate(values.mean(), values.std(ddof=1) / jnp.sqrt(count))

@@ -19,8 +19,8 @@ class Line(NamedTuple):
     """The loss along a line.
 
     Attributes:
-      distances: how far along, in lengths of the direction.
-      losses: the loss there.
+      distances: t, for the points w + t v on the line with direction v.
+      losses: the loss at these points.
     """
 
     distances: jax.Array  # shape=(points,)
@@ -28,12 +28,12 @@ class Line(NamedTuple):
 
 
 class Surface(NamedTuple):
-    """The loss over a plane, laid out as plotting libraries want it.
+    """The loss over a plane, with rows and columns as plotting libraries expect them.
 
     Attributes:
-      xs: how far along the first direction, in its lengths.
-      ys: how far along the second.
-      losses: `losses[i, j]` is the loss at ys[i], xs[j].
+      xs: x, for the points w + x u + y v of the plane with directions u and v.
+      ys: y.
+      losses: `losses[i, j]` is the loss at y = ys[i] and x = xs[j].
     """
 
     xs: jax.Array  # shape=(columns,)
@@ -56,22 +56,25 @@ def along_line(
       L(w + t v)
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
-      direction: v, a tree like the parameters: `random_direction`,
-        `filter_normalized_direction`, `gradient_direction`, `Eigenpairs.vector`.
-      distances: all t, shape (points,).
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
+      direction: v, a tree like the parameters, for example from `random_direction`,
+        `filter_normalized_direction`, `gradient_direction` or `Eigenpairs.vector`.
+      distances: the values of t, shape (points,).
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Line`.
 
     Raises:
-      ValueError: if the direction is not like the parameters, the data are empty or
-        uneven, or params is not finite (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if the direction differs from the parameters in structure or shapes,
+        the data are empty, their arrays hold different numbers of examples, or a
+        parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -103,28 +106,31 @@ def over_plane(
     *,
     batch_size: int | None = None,
 ) -> Surface:
-    r"""The loss over the plane of two directions.
+    r"""The loss over the plane that two directions span.
 
     .. math::
       L(w + x u + y v)
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       directions: u and v, trees like the parameters; see `along_line`.
-      xs: all x, shape (columns,).
-      ys: all y, shape (rows,).
+      xs: the values of x, shape (columns,).
+      ys: the values of y, shape (rows,).
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Surface`.
 
     Raises:
-      ValueError: if there are not two directions, one is not like the parameters, the
-        data are empty or uneven, or params is not finite (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if there are not two directions, one differs from the parameters in
+        structure or shapes, the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -162,27 +168,31 @@ def interpolate(
     *,
     batch_size: int | None = None,
 ) -> Line:
-    r"""The loss on the straight line between two solutions.
+    r"""The loss on the straight line through two solutions.
 
     .. math::
       L\big((1 - t) \, w_0 + t \, w_1\big)
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      start: w₀, a tree of real arrays. Half-precision leaves are measured in float32.
-      end: w₁, a tree like it.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
-      fractions: all t, shape (points,). Beyond 0 and 1, the line goes on.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      start: w₀, a tree of real arrays. Half-precision leaves are cast to float32.
+      end: w₁, a tree with the structure and shapes of w₀.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
+      fractions: the values of t, shape (points,). Below 0 and above 1, the line
+        continues beyond the solutions.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Line`.
 
     Raises:
-      ValueError: if the two solutions differ in structure or shapes, the data are empty
-        or uneven, or a solution is not finite (where it is not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if the two solutions differ in structure or shapes, the data are
+        empty, their arrays hold different numbers of examples, or a solution is not
+        finite. Traced solutions are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -206,14 +216,14 @@ def interpolate(
 
 
 def random_direction(params: Any, *, key: Key = 0) -> Any:
-    r"""A direction of norm 1, all equally likely.
+    r"""A random direction of norm 1; all directions are equally likely.
 
     .. math::
       v = z / \|z\|_2, \qquad z \sim N(0, 1)
 
     Args:
       params: a tree of real arrays.
-      key: of the direction. Default 0.
+      key: seed or JAX random key. Default 0.
 
     Returns:
       A tree like the parameters, in at least float32.
@@ -225,7 +235,7 @@ def random_direction(params: Any, *, key: Key = 0) -> Any:
       >>> round(float(optax.tree.norm(direction)), 5)
       1.0
 
-    Cost: none.
+    Cost: no pass over the data.
     """
     return _random_direction(check_params(params), typed_key(key))
 
@@ -233,27 +243,30 @@ def random_direction(params: Any, *, key: Key = 0) -> Any:
 def filter_normalized_direction(
     params: Any, *, filter_axis: int = -1, key: Key = 0
 ) -> Any:
-    r"""A random direction in units of the filters' norms, to compare networks by.
+    r"""A random direction in which each filter has the norm of the weights' filter.
+
+    It makes networks comparable whose weights differ in size.
 
     .. math::
       v_i = \frac{\|w_i\|}{\|z_i\|} \, z_i, \qquad z \sim N(0, 1)
 
-    for every filter i: all that leads to one output channel, that is one index of the
-    axis of outputs. Vectors and scalars (biases, scales and shifts of normalisations)
-    are not moved, as in the authors' code.
+    for every filter i, that is all weights of one output channel: one index along the
+    axis of outputs. The direction is zero for vectors and scalars (biases, and the
+    scales and shifts of normalisations), as in the authors' code with
+    `ignore='biasbn'`.
 
     Args:
       params: w, a tree of real arrays.
-      filter_axis: where the outputs are. Default -1, as in kernels of Flax; 0 for those
-        of Equinox.
-      key: of the direction. Default 0.
+      filter_axis: the axis of the outputs, 0 or -1. Default -1, as in the kernels of
+        Flax; use 0 for those of Equinox.
+      key: seed or JAX random key. Default 0.
 
     Returns:
       A tree like the parameters, in at least float32. A distance of 1 along it moves
       every filter by its own norm.
 
     Raises:
-      ValueError: if filter_axis is neither 0 nor -1, or params is not finite.
+      ValueError: if filter_axis is neither 0 nor -1, or a parameter is not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -268,10 +281,10 @@ def filter_normalized_direction(
       Li et al., `Visualizing the Loss Landscape of Neural Nets
       <https://arxiv.org/abs/1712.09913>`_, NeurIPS 2018.
 
-    Differences from the authors' code: filter_axis; theirs is 0, where PyTorch has the
-      outputs.
+    Differences from the authors' code: theirs always takes axis 0, which is the axis of
+      outputs in PyTorch.
 
-    Cost: none.
+    Cost: no pass over the data.
     """
     if filter_axis not in (0, -1):
         raise ValueError(f"filter_axis must be 0 or -1, got {filter_axis!r}.")
@@ -293,19 +306,22 @@ def gradient_direction(
       v = \nabla L(w) / \|\nabla L(w)\|_2
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
-      A tree like the parameters, in at least float32; zero where the gradient is.
+      A tree like the parameters, in at least float32. It is zero if the gradient is
+      zero.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A loss that is a mean over examples: over all data, and of one example."""
+"""A loss that is a mean over examples, for all data and for a single example."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,11 @@ LossFn = Callable[..., Any]
 
 @jax.tree_util.register_pytree_node_class
 class Function:
-    """A function as a pytree: the arrays it holds are traced, the rest is static.
+    """A function as a pytree: the arrays it contains are traced, the rest is static.
 
-    A plain function holds none. `jax.tree_util.Partial` and the modules of Equinox do,
-    and a program compiled for one of them serves all with arrays of the same shapes.
+    A plain function contains no arrays, but a `jax.tree_util.Partial` or an Equinox
+    module does. As these are traced, a program that was compiled for one such function
+    also runs others whose arrays have the same shapes.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -46,19 +47,19 @@ class Function:
 
 
 def _is_array(leaf: Any) -> bool:
-    """By type: modules of Flax, for one, may have a dtype too."""
+    """Tests the type, because other leaves, such as Flax modules, can have a dtype."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
 def scalar(loss_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """loss_fn, refused while it is traced if it returns anything but a real scalar."""
+    """loss_fn, with an error while it is traced if it does not return a real scalar."""
 
     def checked(*arguments):
         loss = loss_fn(*arguments)
         if isinstance(loss, (tuple, list)):
             raise TypeError(
                 "loss_fn must return the loss alone; it returned "
-                f"{len(loss)} values. Without its auxiliary output: "
+                f"{len(loss)} values. If the first of them is the loss, pass "
                 "lambda *arguments: loss_fn(*arguments)[0]."
             )
         is_number = isinstance(loss, (jax.Array, np.ndarray, np.generic, float))
@@ -78,7 +79,7 @@ def scalar(loss_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def one_loss(loss_fn: LossFn) -> Callable[..., jax.Array]:
-    """(params, *example) -> its loss, as that of a batch of one."""
+    """`loss(params, *example)`, the loss of a batch that holds this one example."""
 
     def loss(params, *example):
         return scalar(loss_fn)(params, *jax.tree.map(lambda x: x[None], example))

@@ -1,4 +1,4 @@
-"""Curvature as matrices that are never formed: products with vectors, over all data."""
+"""Curvature as matrices that are never formed, only multiplied by vectors."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam_optax import _layout as layout
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax.sharpness._batches import check_data, finish, mean_over_batches
 from sam_optax.sharpness._checks import check_params, check_same_outline
@@ -23,18 +23,18 @@ from sam_optax.sharpness._loss import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:
-    """A symmetric matrix that is known by its products with vectors.
+    """A symmetric matrix that is given by its products with vectors.
 
-    What `hessian`, `gauss_newton` and `empirical_fisher` return, and what `eigenpairs`,
-    `trace` and `spectral_density` take. Calling it multiplies: `matrix(v)` is a tree
-    like the parameters, at the cost of one pass over the data. It is a pytree, so it
-    can be an argument of jitted functions.
+    `hessian`, `gauss_newton` and `empirical_fisher` return one; `eigenpairs`, `trace`
+    and `spectral_density` take one. To multiply, call it: `matrix(v)` takes a tree like
+    the parameters and returns one. Each product visits all data once. A matrix is a
+    pytree, so it can be an argument of jitted functions.
 
     Attributes:
-      params: where the curvature is taken, in at least float32.
-      data: what it is the mean over.
-      product: (params, v, *batch) -> the product with v for one batch; a pytree, such
-        as a `jax.tree_util.Partial`.
+      params: the parameters at which the curvature is taken, in at least float32.
+      data: the data over which the matrix is a mean.
+      product: `product(params, v, *batch)` returns the product with v for one batch. It
+        must be a pytree, such as a `jax.tree_util.Partial`.
       batch_size: how many examples are evaluated at once, or None for all.
     """
 
@@ -45,12 +45,12 @@ class Matrix:
 
     @property
     def dimension(self) -> int:
-        """The number of rows, that is of parameters."""
+        """The number of rows: how many numbers the parameters hold."""
         return _tree.size(self.params)
 
     def __call__(self, vector: Any) -> Any:
         check_same_outline("The vector", vector, self.params)
-        vector = layout.like(_tree.cast_like(vector, self.params), self.params)
+        vector = sharding.like(_tree.cast_like(vector, self.params), self.params)
         return finish(self.data, _multiply(self, vector))
 
 
@@ -117,19 +117,22 @@ def hessian(
       H v = \nabla^2 L(w) \, v
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Matrix`.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: from a product, if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar. It is raised when the matrix
+        is multiplied.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -143,8 +146,8 @@ def hessian(
       Pearlmutter, `Fast Exact Multiplication by the Hessian
       <https://doi.org/10.1162/neco.1994.6.1.147>`_, Neural Computation 1994.
 
-    Cost: a product takes the forward derivative of one gradient over the data, some
-      two gradients.
+    Cost: a product takes the forward derivative of one gradient over the data, which
+      costs about two gradients.
     """
     return Matrix(
         check_params(params),
@@ -168,26 +171,29 @@ def gauss_newton(
       G = J^\top \, \nabla_z^2 \ell(z) \, J, \qquad
       z = f(w), \quad J = \frac{\partial f}{\partial w}
 
-    For cross-entropy of logits, and for half the squared error, it is the Fisher matrix
-    with labels drawn from the model. It has no negative eigenvalues where the loss is
-    convex in the outputs.
+    If ℓ is the cross-entropy of logits, or half the squared error, G is the Fisher
+    matrix: that of the model's own distribution of labels, not of the labels in the
+    data. If ℓ is convex in the outputs z, G has no negative eigenvalues.
 
     Args:
-      model_fn: f, (params, *data) -> outputs, a tree of arrays. It needs a forward
-        derivative, which a `jax.custom_vjp` inside of it does not have.
-      loss_fn: ℓ, (outputs, *data) -> a scalar, the mean over the examples.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments after the parameters, as a tuple of trees of arrays with the
-        examples along their first axis, or a `stream`.
+      model_fn: f; `model_fn(params, *data)` returns the outputs, a tree of arrays. It
+        must have a forward derivative, so it cannot contain a `jax.custom_vjp`.
+      loss_fn: ℓ; `loss_fn(outputs, *data)` returns a scalar, the mean of the loss over
+        the examples.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of both functions after the first: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Matrix`.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: from a product, if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar. It is raised when the matrix
+        is multiplied.
 
     Examples:
       For z = w², the Hessian of (z − x)² / 2 at w = 1 is 2 (3 − x), and G is 4.
@@ -221,29 +227,33 @@ def empirical_fisher(
     *,
     batch_size: int | None = None,
 ) -> Matrix:
-    r"""The empirical Fisher matrix, of the gradients of single examples.
+    r"""The empirical Fisher matrix, made of the gradients of single examples.
 
     .. math::
       F = \frac{1}{N} \sum_i \nabla \ell_i(w) \, \nabla \ell_i(w)^\top
 
-    With the labels of the data; the Fisher matrix proper has the model's own, see
-    `gauss_newton`. `fisher_trace` has its trace exactly.
+    It takes the labels from the data. The true Fisher matrix takes them from the
+    model's own distribution; see `gauss_newton`. `fisher_trace` is the exact trace of
+    the empirical one.
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
-        is called with one example at a time, under `jax.vmap`.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given. It is called with one example at a time, under `jax.vmap`.
+        It must have a forward derivative, so it cannot contain a `jax.custom_vjp`.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A `Matrix`.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: from a product, if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar. It is raised when the matrix
+        is multiplied.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -280,19 +290,21 @@ def gradient_norm(
       \|\nabla L(w)\|_2
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
       batch_size: how many examples to evaluate at once. Default None: all.
 
     Returns:
       A scalar, at least float32.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -320,27 +332,30 @@ def fisher_trace(
     *,
     batch_size: int | None = None,
 ) -> jax.Array:
-    r"""The trace of the empirical Fisher matrix: the mean squared norm of gradients.
+    r"""The exact trace of the empirical Fisher matrix.
+
+    It is the mean of the squared gradient norms of single examples:
 
     .. math::
       \mathrm{tr} F = \frac{1}{N} \sum_i \|\nabla \ell_i(w)\|_2^2
 
     Args:
-      loss_fn: (params, *data) -> a scalar, the mean over the examples it is given. It
-        is called with one example at a time, under `jax.vmap`.
-      params: w, a tree of real arrays. Half-precision leaves are measured in float32.
-      data: the arguments of the loss after the parameters, as a tuple of trees of
-        arrays with the examples along their first axis, or a `stream`.
-      batch_size: how many examples to evaluate at once, each with a gradient of its own
-        in memory. Default None: all.
+      loss_fn: `loss_fn(params, *data)` returns a scalar, the mean of the loss over the
+        examples it is given. It is called with one example at a time, under `jax.vmap`.
+      params: w, a tree of real arrays. Half-precision leaves are cast to float32.
+      data: the arguments of the loss after the parameters: a tuple of trees of arrays
+        with the examples along their first axis, or a `stream`. A single argument needs
+        no tuple.
+      batch_size: how many examples to evaluate at once. Each of them has a gradient of
+        its own in memory. Default None: all.
 
     Returns:
-      A scalar, at least float32; exact, unlike `trace(empirical_fisher(...))`.
+      A scalar, at least float32. `trace(empirical_fisher(...))` only estimates it.
 
     Raises:
-      ValueError: if the data are empty or uneven, or params is not finite (where it is
-        not traced).
-      TypeError: if the loss is no scalar.
+      ValueError: if the data are empty, their arrays hold different numbers of
+        examples, or a parameter is not finite. Traced parameters are not checked.
+      TypeError: if the loss does not return a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Eigenvalues, trace and spectral density of a matrix, by matfree."""
+"""Eigenvalues, trace and spectral density of a matrix, computed with matfree."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sam_optax import _layout as layout
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax._hyperparameters import check_positive_integer
+from sam_optax._checks import check_positive_integer
 from sam_optax._random import Key, typed_key
 from sam_optax.sharpness._batches import finish
 from sam_optax.sharpness._estimate import (
@@ -25,15 +25,15 @@ Which = Literal["largest", "smallest"]
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues with their vectors, from the extreme inwards.
+    """Eigenvalues and eigenvectors, the most extreme first.
 
     Attributes:
-      values: the eigenvalues.
-      vectors: a tree like the parameters whose leaves hold one vector after another
-        along a new first axis; each has norm 1, and its sign is arbitrary.
-      residuals: ‖Av − λv‖, and the rounding that a number of the size of the largest
-        has. There is an eigenvalue within that distance of λ; whether one was missed,
-        they cannot tell.
+      values: the eigenvalues λ.
+      vectors: the eigenvectors v: a tree like the parameters, with all vectors stacked
+        along a new first axis of each leaf. Each has norm 1 and an arbitrary sign.
+      residuals: ‖Av − λv‖, plus the rounding error of the largest eigenvalue. A has an
+        eigenvalue within this distance of λ. The residuals cannot show whether another
+        eigenvalue was missed.
     """
 
     values: jax.Array  # shape=(k,), at least float32
@@ -46,35 +46,37 @@ class Eigenpairs(NamedTuple):
 
 
 class SpectralDensity(NamedTuple):
-    """The distribution of the eigenvalues, as weighted nodes from each random vector.
+    """The distribution of the eigenvalues, as weighted nodes for each random vector.
 
     Attributes:
-      nodes: where on the real line.
-      weights: how much of the spectrum, with sum 1 for each random vector.
+      nodes: points on the real line.
+      weights: the share of the spectrum at each node; their sum is 1 for each random
+        vector.
     """
 
     nodes: jax.Array  # shape=(num_samples, num_matvecs), at least float32
     weights: jax.Array  # shape=(num_samples, num_matvecs), at least float32
 
     def moment(self, power: int) -> jax.Array:
-        """The mean of λ^power over the spectrum, that is tr(A^power) / dimension.
+        """Estimates the mean of λ^power over the spectrum, tr(A^power) / dimension.
 
-        Without bias, up to rounding, for powers up to 2 num_matvecs − 1.
+        The estimate has no bias, apart from rounding, for powers up to
+        2 num_matvecs − 1.
         """
         return jnp.mean(jnp.sum(self.weights * self.nodes**power, axis=1))
 
     def on_grid(self, grid: Any, width: Any) -> jax.Array:
-        """The density at the points of a grid, with nodes widened to Gaussians.
+        """The density at the points of a grid, with a Gaussian in place of each node.
 
         Args:
-          grid: shape (points,), real.
+          grid: real numbers, shape (points,).
           width: the standard deviation of the Gaussians, above 0.
 
         Returns:
           Shape (points,); its integral over the real line is 1.
 
         Raises:
-          ValueError: if the width is no positive number.
+          ValueError: if the width is not positive.
         """
         if not isinstance(width, Tracer) and not width > 0:
             raise ValueError(f"width must be > 0, got {width}.")
@@ -92,31 +94,33 @@ def eigenpairs(
     num_matvecs: int | None = None,
     key: Key = 0,
 ) -> Eigenpairs:
-    r"""The k largest or smallest eigenvalues, with their vectors, by Lanczos.
+    r"""The k largest or smallest eigenvalues and their eigenvectors, by Lanczos.
 
     .. math::
       A v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots
 
-    Lanczos with full reorthogonalisation, so that no eigenvalue appears twice that is
-    not there twice. One that is there several times, as in regressions with several
-    outputs, can be found fewer times.
+    Full reorthogonalisation keeps Lanczos from finding the same eigenvalue twice. But
+    an eigenvalue that A has several times, as in regressions with several outputs, can
+    be found fewer times.
 
     Args:
       matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
-      k: how many.
-      which: "largest" or "smallest", as real numbers: the smallest of a Hessian are the
-        most negative. Default "largest".
-      num_matvecs: how many products to spend, at least k. Default 4k + 20, or the
-        dimension where that is less; then the result is exact up to rounding. See
-        `residuals` for whether it was enough.
-      key: of the start vector. Default 0.
+      k: how many eigenvalues to return.
+      which: "largest" or "smallest", as real numbers with their sign: the smallest
+        eigenvalues of a Hessian are the most negative ones. Default "largest".
+      num_matvecs: how many products with A to spend, at least k. Default 4k + 20, or
+        the dimension if that is less. With as many products as the dimension, the
+        result is exact up to rounding; otherwise the `residuals` show how close it is.
+      key: seed or JAX random key of the start vector. Default 0.
 
     Returns:
-      `Eigenpairs`. Ill-conditioned spectra need float64 for all their digits.
+      `Eigenpairs`. Eigenvalues much smaller than the largest need float64 to have
+      correct digits.
 
     Raises:
-      ValueError: if k or num_matvecs is no integer from 1 to the dimension.
-      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+      ValueError: if k or num_matvecs is not an integer from 1 to the dimension, or
+        num_matvecs < k.
+      ImportError: if matfree is not installed (`pip install "sam_optax[sharpness]"`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -128,13 +132,12 @@ def eigenpairs(
       [9. 1.] [0. 1.]
 
     References:
-      Krämer et al., `matfree <https://github.com/pnkraemer/matfree>`_, whose
-      decomposition it is. Ghorbani et al., `An Investigation into Neural Net
-      Optimization via Hessian Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_,
-      ICML 2019.
+      Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
+      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The Lanczos
+      decomposition is that of Krämer et al.,
+      `matfree <https://github.com/pnkraemer/matfree>`_.
 
-    Cost: num_matvecs + 1 products with the matrix, and twice as many vectors in
-      memory.
+    Cost: num_matvecs + 1 products with the matrix, and 2 num_matvecs vectors in memory.
     """
     _matfree()
     check_positive_integer("k", k)
@@ -159,18 +162,18 @@ def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
 
     Args:
       matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
-      num_samples: how many random v. Default 100.
-      key: of these. Default 0.
+      num_samples: how many random vectors v. Default 100.
+      key: seed or JAX random key of these vectors. Default 0.
 
     Returns:
-      An `Estimate`. Its mean is the sum of the eigenvalues.
+      An `Estimate` of the trace, which is the sum of the eigenvalues.
 
     Raises:
       ValueError: if num_samples < 2.
-      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+      ImportError: if matfree is not installed (`pip install "sam_optax[sharpness]"`).
 
     Examples:
-      Signs give the trace of a diagonal matrix exactly.
+      For a diagonal matrix the estimate is exact, because every v_i² is 1.
 
       >>> import jax.numpy as jnp
       >>> from sam_optax import sharpness
@@ -181,7 +184,7 @@ def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
 
     References:
       Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix
-      <https://doi.org/10.1080/03610919008812866>`_, 1990, by way of
+      <https://doi.org/10.1080/03610919008812866>`_, 1990. The implementation uses
       `matfree <https://github.com/pnkraemer/matfree>`_.
 
     Cost: num_samples products with the matrix.
@@ -205,23 +208,25 @@ def spectral_density(
       \phi(t) = \frac{1}{p} \sum_i \delta(t - \lambda_i) \approx
         \frac{1}{S} \sum_s \sum_j \omega_{sj} \, \delta(t - \theta_{sj})
 
-    where θ and ω are the Ritz values of Lanczos, started at a random vector, and the
-    squared first entries of their eigenvectors.
+    where p is the dimension. From each of S random vectors, Lanczos makes a small
+    tridiagonal matrix: θ are its eigenvalues, and ω the squared first entries of its
+    eigenvectors.
 
     Args:
       matrix: A, from `hessian`, `gauss_newton` or `empirical_fisher`.
-      num_matvecs: products for each random vector. Default 50, or the dimension where
-        that is less.
+      num_matvecs: how many products with A for each random vector. Default 50, or the
+        dimension if that is less.
       num_samples: how many random vectors. Default 10.
-      key: of these. Default 0.
+      key: seed or JAX random key of these vectors. Default 0.
 
     Returns:
-      A `SpectralDensity`. Its extreme nodes are close to the extreme eigenvalues.
+      A `SpectralDensity`. Its smallest and largest nodes are close to the smallest and
+      largest eigenvalues.
 
     Raises:
-      ValueError: if a count is no positive integer, or num_matvecs is above the
+      ValueError: if a count is not a positive integer, or num_matvecs is above the
         dimension.
-      ImportError: without matfree (`pip install "sam_optax[sharpness]"`).
+      ImportError: if matfree is not installed (`pip install "sam_optax[sharpness]"`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -234,7 +239,7 @@ def spectral_density(
 
     References:
       Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
-      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The
+      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The Lanczos
       decomposition is that of `matfree <https://github.com/pnkraemer/matfree>`_.
 
     Cost: num_samples · (num_matvecs + 1) products with the matrix, and 2 num_matvecs
@@ -252,13 +257,13 @@ def spectral_density(
 
 
 def _matfree() -> Any:
-    """matfree, imported when it is needed, for it is an extra."""
+    """Imports matfree when it is needed, because it is an optional dependency."""
     try:
         import matfree.decomp
         import matfree.stochtrace
     except ImportError as error:
         raise ImportError(
-            "Eigenvalues, traces and spectra are computed by matfree: "
+            "Eigenvalues, traces and spectra are computed with matfree. To install it: "
             'pip install "sam_optax[sharpness]".'
         ) from error
     return matfree
@@ -273,7 +278,7 @@ def _check_matvecs(count: Any, size: int) -> None:
 
 
 class _Flat(NamedTuple):
-    """A matrix on flat vectors, in the widest dtype of its leaves."""
+    """A matrix that multiplies flat vectors, in the widest dtype of the parameters."""
 
     multiply: Callable[[jax.Array], jax.Array]
     like: jax.Array  # shape=(dimension,)
@@ -287,7 +292,7 @@ def _flat(matrix: Matrix) -> _Flat:
 
     def ravel(tree):
         parts = [
-            layout.replicate(x).ravel().astype(dtype) for x in jax.tree.leaves(tree)
+            sharding.replicate(x).ravel().astype(dtype) for x in jax.tree.leaves(tree)
         ]
         return jnp.concatenate(parts)
 
@@ -304,24 +309,26 @@ def _flat(matrix: Matrix) -> _Flat:
 
 
 class _Tridiagonal(NamedTuple):
-    """scale · (basisᵀ · small · basis), up to what the basis does not span."""
+    """The matrix on the span of the basis, as scale · basisᵀ · small · basis."""
 
     scale: jax.Array  # shape=()
     small: jax.Array  # shape=(num_matvecs, num_matvecs)
     basis: jax.Array  # shape=(num_matvecs, dimension), orthonormal rows
-    residual: jax.Array  # shape=(), the norm of what a next product would add
+    residual: jax.Array  # shape=(), the norm of what one more product would add
 
 
 def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Tridiagonal:
     multiply, _, _ = _flat(matrix)
-    # To a size of about 1, because matfree squares and sums entries.
+    # Products are scaled to entries of about 1, because matfree sums the squares of
+    # entries, which could overflow or underflow.
     scale = jnp.max(jnp.abs(multiply(start)))
     shrink = _tree.reciprocal_or_zero(scale)
 
     def multiply_inexactly(v):
-        # Lanczos divides by what a product adds to the basis. That is exactly zero for
-        # multiples of the identity, and where the start lies in an invariant subspace;
-        # an error as small as that of rounding lets it go on there.
+        # Lanczos divides by the norm of what a product adds to the basis. That norm is
+        # zero once the basis spans an invariant subspace, which for a multiple of the
+        # identity is after one product. Noise as small as rounding errors keeps it
+        # above zero.
         product = multiply(v) * shrink
         bits = jax.lax.bitcast_convert_type(v[:1].astype(jnp.float32), jnp.uint32)[0]
         noise = jax.random.normal(jax.random.key(bits), v.shape, v.dtype)

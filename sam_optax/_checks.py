@@ -1,0 +1,86 @@
+"""Checks of arguments, made as early as the argument is known."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """Raises for a Python number outside [at_least, below) or above at_most.
+
+    Tracers, arrays and schedules pass, because their values are not known when a
+    transformation is built.
+    """
+    if callable(value):
+        return
+    if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value) == 0:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a number, a schedule (step -> number) or a scalar array, "
+            f"got {value!r}."
+        )
+    if not (at_least <= float(value) < below and value <= at_most):
+        bounds = []
+        if at_least > -math.inf:
+            bounds.append(f">= {at_least:g}")
+        if at_most < math.inf:
+            bounds.append(f"<= {at_most:g}")
+        else:
+            bounds.append(f"< {below:g}" if below < math.inf else "finite")
+        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raises for anything but an integer >= 1."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_static_integer(name: str, value: Any) -> None:
+    """The same for a hyperparameter, which `optax.inject_hyperparams` would trace."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(
+            f"{name} must be an integer >= 1, got {value!r}. It chooses code, so it "
+            "can be neither traced nor scheduled: under optax.inject_hyperparams, pass "
+            f"static_args=('{name}',)."
+        )
+
+
+def check_static_number(name: str, value: Any, **bounds: float) -> None:
+    """`check_number` for an argument that decides shapes or counts."""
+    if callable(value) or isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a Python number, got {value!r}: it decides shapes or "
+            "counts, so it can be neither traced nor scheduled. Under "
+            f"optax.inject_hyperparams, pass static_args=('{name}',)."
+        )
+    check_number(name, value, **bounds)
+
+
+def require_params(params: Any, part: str) -> None:
+    if params is None:
+        raise ValueError(f"{part} needs the parameters: update(g, state, params).")
+
+
+def require_grad_fn(grad_fn: Any, part: str) -> None:
+    if grad_fn is None:
+        raise ValueError(
+            f"{part} needs grad_fn= (parameters -> gradient), as sharpness_aware "
+            "passes it."
+        )

@@ -1,0 +1,343 @@
+"""The examples of one step, the loss and its gradient on some of them, and data rules.
+
+A data rule says which examples each of the two gradients of a step sees. It is a
+function of the batch and the parameters; the methods know nothing of it.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sam_optax import _sharding as sharding
+from sam_optax._checks import is_integer
+from sam_optax._step.inputs import Choice, Pass
+
+Slots = tuple[int | str, ...]  # positions in args, and names in kwargs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples, and the loss on them as a function of the parameters alone.
+
+    Data rules (`sub_batch` and its like) are written with it. XLA drops whatever is
+    evaluated but not used.
+    """
+
+    _loss_fn: Callable[..., Any]  # -> (what the user's function returns, aux)
+    _args: tuple[Any, ...]
+    _kwargs: dict[str, Any]
+    _slots: Callable[[], Slots]
+
+    def forward(self, point: Any) -> Pass:
+        """The loss at a point."""
+        returned, aux = self._loss_fn(point, *self._args, **self._kwargs)
+        return Pass(_mean(returned), None, aux, self, returned)
+
+    def gradient(self, point: Any) -> Pass:
+        """The loss at a point with its gradient."""
+
+        def mean_loss(point):
+            there = self.forward(point)
+            return there.loss, (there.aux, there.returned)
+
+        (loss, (aux, returned)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
+            point
+        )
+        return Pass(loss, gradient, aux, self, returned)
+
+    @property
+    def examples(self) -> list[Any]:
+        """The arguments that hold examples, each a tree of arrays."""
+        return [
+            self._kwargs[slot] if isinstance(slot, str) else self._args[slot]
+            for slot in self._slots()
+        ]
+
+    @property
+    def size(self) -> int:
+        """The number of examples: the length of their first axis."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.examples)
+        for _, leaf in leaves:
+            if not hasattr(leaf, "shape") or not leaf.shape:
+                raise ValueError(
+                    "Each array of a batch needs a first axis that numbers the "
+                    f"examples, got {leaf!r}. batch_argnums= says which arguments are "
+                    "batches, numbered as in jax.value_and_grad."
+                )
+        sizes = {leaf.shape[0] for _, leaf in leaves}
+        if len(sizes) != 1:
+            listed = ", ".join(str(leaf.shape) for _, leaf in leaves)
+            raise ValueError(
+                "The arrays of a batch need first axes of one length, that of the "
+                f"examples, got shapes {listed or 'of no array at all'}."
+            )
+        return sizes.pop()
+
+    def take(self, indices: Any) -> "Batch":
+        """Some of the examples: by a slice, or an array of indices."""
+
+        def take_leaf(x):
+            return sharding.take(x, indices)
+
+        return self.replace([jax.tree.map(take_leaf, tree) for tree in self.examples])
+
+    def replace(self, examples: Sequence[Any]) -> "Batch":
+        """Other examples, in the places of these."""
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for slot, tree in zip(self._slots(), examples, strict=True):
+            if isinstance(slot, str):
+                kwargs[slot] = tree
+            else:
+                args[slot] = tree
+        return dataclasses.replace(self, _args=tuple(args), _kwargs=kwargs)
+
+
+def make_batch(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str],
+) -> Batch:
+    """The batch of a call of loss_fn.
+
+    Which arguments hold examples is found out when somebody asks, and then once: a step
+    without a data rule must not be refused because that is not clear.
+    """
+
+    def with_aux(point, *args, **kwargs):
+        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
+
+    @functools.cache
+    def slots() -> Slots:
+        return _find_slots(loss_fn, args, kwargs, argnums, argnames)
+
+    return Batch(with_aux, args, kwargs, slots)
+
+
+def _mean(loss: Any) -> jax.Array:
+    return jnp.mean(loss) if jnp.ndim(loss) else jnp.asarray(loss)
+
+
+def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    if not has_aux:
+        loss, aux = result, None
+    elif isinstance(result, tuple) and len(result) == 2:
+        loss, aux = result
+    else:
+        raise TypeError(
+            "With has_aux=True, loss_fn must return a pair (loss, aux), got "
+            f"{type(result).__name__}."
+        )
+    if isinstance(loss, tuple):
+        raise TypeError(
+            "loss_fn returned a tuple where a loss was expected; if it returns "
+            "(loss, aux), pass has_aux=True to sam_value_and_grad."
+        )
+    return jnp.asarray(loss), aux
+
+
+def check_argnums(argnums: Any, argnames: Any) -> None:
+    """What can be known to be wrong before any call."""
+    for number in _as_tuple(argnums):
+        if not is_integer(number) or number < 1:
+            raise ValueError(
+                "batch_argnums must be integers >= 1, numbered as in "
+                f"jax.value_and_grad, where 0 is the parameters; got {argnums!r}."
+            )
+    for name in _as_tuple(argnames):
+        if not isinstance(name, str):
+            raise ValueError(f"batch_argnames must be strings, got {argnames!r}.")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _find_slots(
+    loss_fn: Callable,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str],
+) -> tuple[int | str, ...]:
+    """Where the examples are: positions in args, and names in kwargs."""
+    names = _as_tuple(argnames)
+    missing = [name for name in names if name not in kwargs]
+    if missing:
+        raise ValueError(
+            f"batch_argnames= names {missing[0]!r}, which was not passed by keyword."
+        )
+    is_default = argnums is None and not names
+    numbers = (1,) if is_default else _as_tuple(argnums)
+    slots = tuple(_slot(loss_fn, number, args, kwargs) for number in numbers) + names
+    if is_default:
+        _check_no_other_batch(loss_fn, slots[0], args, kwargs)
+    return slots
+
+
+def _slot(loss_fn, number, args, kwargs) -> int | str:
+    """Argument `number` of loss_fn, passed by position or by keyword."""
+    if number <= len(args):
+        return number - 1
+    try:
+        names = list(inspect.signature(loss_fn).parameters)
+    except (TypeError, ValueError):  # builtins have no signature
+        names = []
+    if number < len(names) and names[number] in kwargs:
+        return names[number]
+    raise ValueError(
+        f"Argument {number} of loss_fn should hold the batch (batch_argnums=, which "
+        "counts the parameters as 0), but was not passed. For one that is passed by "
+        "keyword only, name it in batch_argnames=."
+    )
+
+
+def _check_no_other_batch(
+    loss_fn: Callable,
+    slot: int | str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Labels left whole beside half of the images could broadcast to a wrong loss."""
+    everything = {**dict(enumerate(args)), **kwargs}
+
+    def sizes(tree):
+        return {x.shape[0] for x in jax.tree.leaves(tree) if getattr(x, "shape", ())}
+
+    batch = sizes(everything.pop(slot))
+    if isinstance(loss_fn, functools.partial):
+        everything["bound by functools.partial"] = (loss_fn.args, loss_fn.keywords)
+    for key, value in everything.items():
+        if batch & sizes(value):
+            name = key + 1 if isinstance(key, int) else repr(key)
+            raise ValueError(
+                f"Argument {name} of loss_fn has a first axis as long as the batch in "
+                "argument 1. Say which arguments hold examples: batch_argnums=(1, 2) "
+                "for both of two positional ones, batch_argnums=1 if it is the first "
+                "alone, batch_argnames= for keywords."
+            )
+
+
+# --- Data rules.
+
+DataRule = Callable[[Batch, Any], Choice]
+
+
+def same_batch(batch: Batch, params: Any) -> Choice:
+    """Both gradients on the whole batch: the rule of a step without any."""
+    return Choice(batch.gradient(params), batch.gradient, batch.gradient)
+
+
+def another_batch(examples: Any) -> DataRule:
+    """ε from the given examples, everything else from the batch."""
+
+    def rule(batch: Batch, params: Any) -> Choice:
+        is_single = len(batch.examples) == 1
+        others = [examples] if is_single else list(examples)
+        _check_match(batch.examples, others)
+        return Choice(
+            batch.forward(params),
+            batch.replace(others).gradient,
+            batch.gradient,
+            recompute=True,
+        )
+
+    return rule
+
+
+def choose(rule: DataRule, batch: Batch, params: Any) -> Choice:
+    """Calls a rule, and completes its answer for the step.
+
+    `seen.gradient` is then g, and each pass has the unperturbed loss for a report.
+    """
+    choice = rule(batch, params)
+    _check_choice(choice)
+    seen = choice.seen
+    if seen.gradient is None:
+        first = _checked(choice.ascent, "ascent")(params)
+        seen = seen._replace(gradient=first.gradient)
+
+    def pass_for_step(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Pass]:
+        def pass_at(point):
+            there = evaluate(point)
+            known = Pass(there.loss, there.gradient)
+            if there.batch is None:  # a pass that the rule made by hand
+                return known
+            is_seen = there.batch is seen.batch
+            here = seen if is_seen else there.batch.forward(params)
+            return known._replace(unperturbed_loss=here.loss)
+
+        return pass_at
+
+    return Choice(
+        seen,
+        pass_for_step(_checked(choice.ascent, "ascent")),
+        pass_for_step(_checked(choice.descent, "descent")),
+        choice.recompute,
+    )
+
+
+def _check_choice(choice: Any) -> None:
+    """Refuses what a rule must not return, where the step would fail or be wrong."""
+    if not isinstance(choice, Choice):
+        raise TypeError(
+            "A data rule must return a sam_optax.data.Choice, got "
+            f"{type(choice).__name__}."
+        )
+    if not isinstance(choice.seen, Pass):
+        raise TypeError(
+            "A data rule's Choice needs as `seen` the pass at the parameters, such as "
+            f"batch.forward(params), got {type(choice.seen).__name__}."
+        )
+    for name in ("ascent", "descent"):
+        if not callable(getattr(choice, name)):
+            raise TypeError(
+                f"A data rule's Choice needs as `{name}` a function of a point, such "
+                f"as batch.gradient, got {type(getattr(choice, name)).__name__}."
+            )
+    is_of_ascent = getattr(choice.ascent, "__self__", None) is choice.seen.batch
+    if choice.seen.gradient is not None and not is_of_ascent:
+        raise ValueError(
+            "A data rule's `seen` has a gradient, which is g, so `ascent` must be the "
+            "method `gradient` of the same batch. To make ε from other examples, take "
+            "`seen` from batch.forward(params): g is then that of `ascent`."
+        )
+
+
+def _checked(evaluate: Callable[[Any], Any], name: str) -> Callable[[Any], Pass]:
+    def checked(point):
+        result = evaluate(point)
+        if not isinstance(result, Pass) or result.gradient is None:
+            raise TypeError(
+                f"A data rule's `{name}` must return a Pass with a gradient, as "
+                "batch.gradient does."
+            )
+        return result
+
+    return checked
+
+
+def _check_match(examples: list[Any], other: Any) -> None:
+    """The arguments of another batch, as many and of the same kinds."""
+    wanted, given = jax.tree.structure(examples), jax.tree.structure(other)
+    kinds = [
+        [(x.shape[1:], jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+        for tree in (examples, other)
+        if wanted == given
+    ]
+    if wanted != given or kinds[0] != kinds[1]:
+        raise ValueError(
+            "ascent_batch does not match the batch: it needs the same structure, and "
+            "arrays of the same dtypes and shapes but for the first axis. The batch is "
+            f"{jax.tree.map(jnp.shape, examples)}, the other "
+            f"{jax.tree.map(jnp.shape, other)}."
+        )

@@ -1,0 +1,111 @@
+"""Groups of devices: the mapped axes of a pmap or shard_map."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_optax import _tree
+from sam_optax._doors.groups import PathOfGroup, PerGroup
+from sam_optax._step.inputs import Choice
+
+
+class Axis(NamedTuple):
+    """The mapped axes of the devices, and over which of them a perturbation is shared.
+
+    Attributes:
+      names: all of them.
+      shared: those along which devices have one perturbation.
+      index_groups: along a single axis, the devices that have one; or None.
+    """
+
+    names: tuple[str, ...]
+    shared: tuple[str, ...]
+    index_groups: tuple[tuple[int, ...], ...] | None
+
+    def check(self) -> None:
+        """What can be known of the axis only where it is mapped."""
+        if self.index_groups is None:
+            return
+        size, grouped = jax.lax.axis_size(self.names), sum(map(len, self.index_groups))
+        if size != grouped:
+            raise ValueError(
+                f"axis_index_groups must hold every index of the axis: it has {size}, "
+                f"and the lists {grouped}."
+            )
+
+    def vary(self, tree: Any) -> Any:
+        """Marks values that are equal on all devices as if they were not.
+
+        Under `shard_map` with its check of varying axes, the gradient of parameters
+        that are known to be equal arrives summed over the axis. We need each device's
+        own.
+        """
+
+        def vary_leaf(x):
+            for name in self.names:
+                try:
+                    x = jax.lax.pcast(x, name, to="varying")
+                except ValueError as error:
+                    if "from=varying" not in str(error):
+                        raise  # if it varies over this axis already, it may stay so
+            return x
+
+        return jax.tree.map(vary_leaf, tree)
+
+    def mean(self, tree: Any) -> Any:
+        """Over all devices."""
+        return self._mean(tree, self.names, None)
+
+    def shared_mean(self, tree: Any) -> Any:
+        """Over the devices that share a perturbation."""
+        if self.index_groups is not None:
+            return self._mean(tree, self.names, self.index_groups)
+        return self._mean(tree, self.shared, None) if self.shared else tree
+
+    def _mean(self, tree, names, index_groups):
+        def mean_leaf(x):
+            if not _tree.is_inexact(x):
+                return x
+            return jax.lax.pmean(x, names, axis_index_groups=index_groups)
+
+        # JAX refuses a mean over several axes if the value varies over some of them
+        # only.
+        return jax.tree.map(mean_leaf, self.vary(tree))
+
+    def group(self) -> jax.Array:
+        """The number of this device's group."""
+        if self.index_groups is not None:
+            group_of = np.empty(sum(map(len, self.index_groups)), np.int32)
+            for group, devices in enumerate(self.index_groups):
+                group_of[list(devices)] = group
+            return jnp.asarray(group_of)[jax.lax.axis_index(self.names)]
+        own = tuple(name for name in self.names if name not in self.shared)
+        return jax.lax.axis_index(own)
+
+
+def over_devices(
+    axis: Axis, here: Choice, per_group_here: PerGroup | None, groups_here: int
+) -> tuple[Choice, PerGroup | None]:
+    """What the devices of an axis see together, from what one of them sees."""
+    own = here.map(lambda evaluate: lambda point: evaluate(axis.vary(point)))
+
+    def averaged(mean: Callable[[Any], Any]) -> Choice:
+        return own.map(lambda evaluate: lambda point: mean(evaluate(point)))
+
+    def per_group(path: PathOfGroup) -> Any:
+        def follow(g, choice, index):
+            return path(g, choice, axis.group() * groups_here + index)
+
+        if per_group_here is not None:
+            return axis.mean(per_group_here(follow))
+        shared_g = axis.shared_mean(own.seen.gradient)
+        return axis.mean(follow(shared_g, averaged(axis.shared_mean), 0))
+
+    seen = own.seen._replace(
+        loss=axis.mean(own.seen.loss), gradient=axis.mean(own.seen.gradient)
+    )
+    is_one_group = axis.shared == axis.names and axis.index_groups is None
+    return averaged(axis.mean).replace(seen=seen), None if is_one_group else per_group

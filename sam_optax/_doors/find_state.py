@@ -1,0 +1,100 @@
+"""Where the SAM state is in the state of a whole optimizer."""
+
+from typing import Any
+
+import jax
+import optax
+
+from sam_optax import _tree
+from sam_optax._step import SharpnessAwareState
+
+
+def find_sam_state(
+    tx: optax.GradientTransformation, opt_state: Any, params: Any
+) -> Any:
+    """The node of opt_state that is the state of tx."""
+    if opt_state is None:
+        raise ValueError(
+            "sam_value_and_grad needs the optimizer state: pass opt_state=, the state "
+            "of the whole chain, for example opt_state=train_state.opt_state."
+        )
+    expected = jax.eval_shape(tx.init, params)
+    is_injected = _is_injected(expected)
+    if not is_injected and not isinstance(expected, SharpnessAwareState):
+        raise ValueError(
+            "The second argument of sam_value_and_grad must be the SAM transformation "
+            "itself, or optax.inject_hyperparams of it, not a chain that contains it: "
+            "the base optimizer would be applied twice. The state of what was passed "
+            f"is a {type(expected).__name__}."
+        )
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        opt_state, is_leaf=lambda x: _is_injected(x) or _is_sam_state(x)
+    )
+    found = [(path, x) for path, x in nodes if _is_injected(x) or _is_sam_state(x)]
+    if len(found) != 1:
+        listed = ", ".join(
+            "opt_state" + jax.tree_util.keystr(path) for path, _ in found
+        )
+        raise ValueError(
+            "sam_value_and_grad found "
+            + (f"{len(found)} SAM states ({listed})" if found else "no SAM state")
+            + f" in the optimizer state (a {type(opt_state).__name__}), and needs "
+            "exactly one. Build the optimizer as optax.chain(sam, base), with the same "
+            "sam that is passed to sam_value_and_grad, and pass the state of the whole "
+            "chain."
+        )
+    ((path, state),) = found
+    _check_wrappers(opt_state)
+    if _is_injected(state) != is_injected:
+        raise ValueError(
+            "Pass the same SAM transformation to sam_value_and_grad that starts the "
+            "chain: one of the two is wrapped in optax.inject_hyperparams, the other "
+            "is not."
+        )
+    found_outline = _tree.outline(_sam_state_of(state))
+    expected_outline = _tree.outline(_sam_state_of(expected))
+    if found_outline != expected_outline:
+        raise ValueError(
+            f"The SAM state at opt_state{jax.tree_util.keystr(path)} was not made by "
+            "the transformation passed to sam_value_and_grad, or for other parameters "
+            "(as inside optax.masked or optax.partition, which belong after SAM; see "
+            f"its mask= argument). Found {found_outline}, expected {expected_outline}."
+        )
+    return state
+
+
+_WRAPPERS = {
+    optax.MultiStepsState: "optax.MultiSteps",
+    optax.ApplyIfFiniteState: "optax.apply_if_finite",
+}
+
+
+def _check_wrappers(opt_state: Any) -> None:
+    """Refuses wrappers that compute with gradients before SAM has unpacked them."""
+    wrappers = tuple(_WRAPPERS)
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, wrappers)):
+        if not isinstance(node, wrappers):
+            continue
+        if any(map(_is_sam_state, jax.tree.leaves(node, is_leaf=_is_sam_state))):
+            wrapper = _WRAPPERS[type(node)]
+            raise ValueError(
+                f"The SAM transformation is inside of {wrapper}, which computes with "
+                "the gradients before SAM sees them. Put the wrapper around the base "
+                f"optimizer alone, optax.chain(sam, {wrapper}(base, ...)); or call "
+                "tx.update with the plain gradients and grad_fn=."
+            )
+
+
+def _is_sam_state(node: Any) -> bool:
+    return isinstance(node, SharpnessAwareState)
+
+
+def _is_injected(node: Any) -> bool:
+    return hasattr(node, "hyperparams") and _is_sam_state(
+        getattr(node, "inner_state", None)
+    )
+
+
+def _sam_state_of(state: Any) -> SharpnessAwareState:
+    """The state of the SAM transformation, out of that of inject_hyperparams or not."""
+    return state if _is_sam_state(state) else state.inner_state

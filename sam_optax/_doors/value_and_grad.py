@@ -1,0 +1,328 @@
+"""The helpers that take the gradients of a step: one for each door."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, Unpack
+
+import optax
+
+from sam_optax._doors.batch import (
+    DataRule,
+    another_batch,
+    check_argnums,
+    choose,
+    make_batch,
+    same_batch,
+)
+from sam_optax._doors.find_state import find_sam_state
+from sam_optax._doors.grouping import make_grouping
+from sam_optax._step import ReportSlot, SharpnessAwareGradients, SharpnessAwareState
+
+
+class FirstPassOptions(TypedDict, total=False):
+    """The options that all helpers have in common; see `sam_value_and_grad`."""
+
+    data: DataRule | None
+    batch_argnums: int | Sequence[int] | None
+    batch_argnames: str | Sequence[str]
+    m: int | None
+    map_groups: str | None
+    axis_name: str | Sequence[str] | None
+    sync_perturbation: bool | str | Sequence[str]
+    axis_index_groups: Sequence[Sequence[int]] | None
+
+
+def sam_value_and_grad(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    report: bool = False,
+    data: DataRule | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] = (),
+    m: int | None = None,
+    map_groups: str | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    sync_perturbation: bool | str | Sequence[str] = True,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Callable[..., tuple[Any, SharpnessAwareGradients]]:
+    """Like `jax.value_and_grad`, with the sharpness-aware gradient of `tx`.
+
+    The value and the auxiliary output are those at the parameters themselves; only the
+    gradients come from the perturbed point. Both passes get the same arguments, so the
+    same batch and the same dropout key.
+
+    Args:
+      loss_fn: parameters, and any further arguments, -> loss, or (loss, aux). If the
+        loss has a shape, its mean is taken. loss_fn must not have parameters of the
+        names that the returned function takes for itself, listed below.
+      tx: the SAM transformation alone, or `optax.inject_hyperparams` of it, and not the
+        chain. It must be the same object that starts the chain. (If the two differ in a
+        number only, the number of this one counts: such a difference is not noticed.)
+      has_aux: whether loss_fn returns (loss, aux). Default False.
+      report: whether the gradients carry a `Report` of the step, at
+        `gradients.report`. What is not used is not computed. Default False.
+      data: which examples each of the two gradients sees: `data.sub_batch`,
+        `data.largest_increase`, `data.k_sam`, or a rule of your own. Default None: both
+        see the whole batch.
+      batch_argnums: the arguments of loss_fn that hold examples along their first axis,
+        numbered as in `jax.value_and_grad` (0 is the parameters). Only read where
+        examples are chosen. Default 1; if another argument then has a first axis of the
+        same length, you must say which arguments hold examples.
+      batch_argnames: the same for arguments that are passed by keyword only. Default
+        none.
+      m: one perturbation for each m examples of the batch, in their order, instead of
+        one for all of them: m-sharpness. It must divide the batch, and the loss be a
+        mean over examples. d is the mean over the groups, and the auxiliary output,
+        which must be arrays, gains an axis of groups. Default None: one perturbation.
+      map_groups: how the groups of m run: `"vmap"` together, `"unroll"` in a program
+        that contains each, `"scan"` one after another, which needs the memory of one
+        group only, and costs a forward pass more. Default None: under jit with several
+        devices `"vmap"`; else `"unroll"` up to 16 groups, and `"scan"` beyond.
+      axis_name: the axis, or axes, of a `pmap` or `shard_map` over which the batch is
+        spread. Gradients and the loss are averaged over it; do not do so again. The
+        auxiliary output is that of the device. Default None: under `jit` with sharded
+        arrays, and on one device, there is none to name.
+      sync_perturbation: whether all devices of the axis share one perturbation, that of
+        the global batch (True, default), or each has its own (False), that of its
+        examples: the setting of the published results. With several axes, the names of
+        those along which it is shared.
+      axis_index_groups: lists of indices along the one axis, of equal length: the
+        devices of each list share a perturbation. It does not work under `shard_map`
+        with check_vma, where JAX supports no index groups; use a mesh of two axes
+        there. Default None.
+
+    Returns:
+      A function of the arguments of loss_fn that also takes
+
+      - opt_state (required): the state of the whole optimizer, in which the SAM state
+        is found by its class.
+      - ascend: overrides the cadence for this step, as in `sharpness_aware`.
+      - ascent_batch: other examples for the gradient from which ε is made, in the place
+        of those of `batch_argnums` (a tuple for several), of any number. A method that
+        compares gᵃ with the gradient at w, and a step that does not ascend, take that
+        gradient on the batch itself.
+      - extra_args: a dict of extra arguments for the update of `tx`, such as the
+        `full_gradient` of `sam_full`.
+
+      It returns (loss, gradients), or ((loss, aux), gradients). The gradients act as
+      the sharpness-aware gradient, and bring the next SAM state with them: give them to
+      the optimizer's update in the same jitted function.
+
+    Raises:
+      ValueError: when building, if loss_fn has a parameter of a name given above; when
+        called, if opt_state is missing, or holds no SAM state, or several, or one of
+        another transformation, or if tx is not the SAM transformation itself; if the
+        batch is not where batch_argnums says, ascent_batch does not match it, m does
+        not divide it, or options contradict each other.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> sam = sam_optax.sam(rho=0.5)
+      >>> tx = optax.chain(sam, optax.sgd(0.1))
+      >>> loss_and_grads = sam_optax.sam_value_and_grad(lambda w: w**2, sam)
+      >>> @jax.jit
+      ... def step(w, opt_state):
+      ...     loss, grads = loss_and_grads(w, opt_state=opt_state)
+      ...     updates, opt_state = tx.update(grads, opt_state, w)
+      ...     return optax.apply_updates(w, updates), opt_state, loss
+      >>> w = jnp.array(1.0)
+      >>> w, opt_state, loss = step(w, tx.init(w))
+      >>> print(f"{loss:.1f} {w:.1f}")
+      1.0 0.7
+
+    Cost: two gradients on a step that ascends, one on a step that does not; the data
+    rules say what they change. With ascent_batch, a forward pass of the batch comes on
+    top if the loss or the auxiliary output is used.
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            "The second argument of sam_value_and_grad must be the SAM transformation "
+            f"(an optax.GradientTransformation), got {type(tx).__name__}."
+        )
+    own_keywords = ("opt_state", "ascend", "ascent_batch", "extra_args")
+    _check_parameter_names(loss_fn, own_keywords, "sam_value_and_grad")
+    first_pass = _make_first_pass(
+        loss_fn,
+        has_aux,
+        data=data,
+        batch_argnums=batch_argnums,
+        batch_argnames=batch_argnames,
+        m=m,
+        map_groups=map_groups,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+        axis_index_groups=axis_index_groups,
+    )
+    update = optax.with_extra_args_support(tx).update
+
+    @_named_after(loss_fn, "sam_value_and_grad")
+    def value_and_grad_fn(
+        params,
+        /,
+        *args,
+        opt_state=None,
+        ascend=None,
+        ascent_batch=None,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
+        state: Any = find_sam_state(tx, opt_state, params)
+        value, g, own_args = first_pass(params, args, kwargs, ascent_batch)
+        slot = ReportSlot() if report else None
+        loss = value[0] if has_aux else value
+        own_args |= {"ascend": ascend, "value": loss, "report": slot}
+        _check_extra_args(extra_args or {}, own_args)
+        d, state = update(g, state, params, **(extra_args or {}), **own_args)
+        if not isinstance(state, SharpnessAwareState):  # that of inject_hyperparams
+            state = state.inner_state
+        return value, SharpnessAwareGradients(d, state, slot and slot.value)
+
+    return value_and_grad_fn
+
+
+def value_and_ascent_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    report: bool = False,
+    **options: Unpack[FirstPassOptions],
+) -> Callable[..., tuple[Any, optax.Updates, dict[str, Any]]]:
+    """What a step passes to `tx.update`, where it calls that itself.
+
+    `sam_value_and_grad` without the optimizer state: for frameworks that forward extra
+    arguments to the update, and for the data rules there.
+
+    Args:
+      loss_fn: as for `sam_value_and_grad`.
+      has_aux: as for `sam_value_and_grad`. Default False.
+      report: whether the update reports on the step. After it, and in the same jitted
+        function, `extra_args["report"].value` is the `Report`. Default False.
+      options: data=, batch_argnums=, batch_argnames=, m=, map_groups=, axis_name=,
+        sync_perturbation= and axis_index_groups=, as for `sam_value_and_grad`.
+
+    Returns:
+      A function of the arguments of loss_fn, and of ascent_batch, that returns
+      `(loss, g, extra_args)`, or `((loss, aux), g, extra_args)`: the gradient g at the
+      parameters, and a dict with the `grad_fn` for the perturbed point and whatever
+      else the update needs to know.
+
+    Raises:
+      ValueError: as `sam_value_and_grad`, as far as its arguments are here.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> tx = optax.chain(sam_optax.sam(rho=0.5), optax.sgd(0.1))
+      >>> gradients = sam_optax.value_and_ascent_grad(lambda w: w**2, report=True)
+      >>> w = jnp.array(1.0)
+      >>> loss, g, extra_args = gradients(w)
+      >>> updates, _ = tx.update(g, tx.init(w), w, **extra_args)
+      >>> print(f"{optax.apply_updates(w, updates):.1f}")
+      0.7
+      >>> print(extra_args["report"].value.perturbed_loss)
+      2.25
+
+    Cost: one gradient; the other is taken in the update.
+    """
+    _check_parameter_names(loss_fn, ("ascent_batch",), "value_and_ascent_grad")
+    first_pass = _make_first_pass(loss_fn, has_aux, **options)
+
+    @_named_after(loss_fn, "value_and_ascent_grad")
+    def value_and_ascent_grad_fn(params, /, *args, ascent_batch=None, **kwargs):
+        value, g, extra_args = first_pass(params, args, kwargs, ascent_batch)
+        if report:
+            extra_args["report"] = ReportSlot()
+        return value, g, extra_args
+
+    return value_and_ascent_grad_fn
+
+
+# (params, args, kwargs, ascent_batch) -> (loss or (loss, aux), g, extra arguments)
+FirstPass = Callable[
+    [Any, tuple[Any, ...], dict[str, Any], Any], tuple[Any, Any, dict[str, Any]]
+]
+
+
+def _make_first_pass(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    *,
+    data: DataRule | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    batch_argnames: str | Sequence[str] = (),
+    **grouping_options: Any,
+) -> FirstPass:
+    """The function that takes the gradient at w; its options are checked here."""
+    check_argnums(batch_argnums, batch_argnames)
+    if data is not None and not callable(data):
+        raise TypeError(
+            "data must be a data rule, such as sam_optax.data.sub_batch(0.25), got "
+            f"{data!r}."
+        )
+    grouping = make_grouping(**grouping_options)
+
+    def first_pass(params, args, kwargs, ascent_batch):
+        rule = data or same_batch
+        if ascent_batch is not None:
+            if data is not None or grouping_options.get("m") is not None:
+                raise ValueError(
+                    "ascent_batch= says which examples the ascent sees, and so does "
+                    "data= or m=: pass one of them."
+                )
+            rule = another_batch(ascent_batch)
+        batch = make_batch(
+            loss_fn, has_aux, args, kwargs, batch_argnums, batch_argnames
+        )
+        if grouping is None:
+            choice, per_group = choose(rule, batch, params), None
+        else:
+            choice, per_group = grouping.choose(rule, batch, params)
+        seen = choice.seen
+        extra_args: dict[str, Any] = {"grad_fn": choice}
+        if per_group is not None:
+            extra_args["per_group"] = per_group
+        value = (seen.loss, seen.aux) if has_aux else seen.loss
+        return value, seen.gradient, extra_args
+
+    return first_pass
+
+
+def _check_parameter_names(
+    loss_fn: Callable, own_keywords: Sequence[str], helper: str
+) -> None:
+    """Refuses a loss_fn whose parameters have names that a helper takes itself."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):  # builtins have no signature, nor names to collide
+        return
+    # What a partial has bound already can no longer be passed by mistake.
+    bound = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    taken = [key for key in own_keywords if key in parameters and key not in bound]
+    if taken:
+        raise ValueError(
+            f"loss_fn has a parameter named {taken[0]!r}, which {helper} takes for "
+            "itself; rename it, or wrap loss_fn."
+        )
+
+
+def _named_after(loss_fn: Callable, helper: str) -> Callable[[Callable], Callable]:
+    """Carries over the name and docstring, as far as loss_fn has any."""
+
+    def rename(function):
+        function.__name__ = f"{helper}_{getattr(loss_fn, '__name__', 'loss')}"
+        function.__doc__ = getattr(loss_fn, "__doc__", None)
+        return function
+
+    return rename
+
+
+def _check_extra_args(extra_args: Mapping[str, Any], own_args: Mapping[str, Any]):
+    """Refuses extra arguments that a helper passes itself."""
+    reserved = ({"per_group"} | set(own_args)) & set(extra_args)
+    if reserved:
+        raise ValueError(
+            f"extra_args has {sorted(reserved)[0]!r}, which sam_value_and_grad passes "
+            "itself."
+        )

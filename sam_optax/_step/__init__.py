@@ -1,0 +1,12 @@
+"""The step: one ascent, one descent and one cadence, from g to d."""
+
+from sam_optax._step.carrier import ReportSlot as ReportSlot
+from sam_optax._step.carrier import SharpnessAwareGradients as SharpnessAwareGradients
+from sam_optax._step.parts import Ascent as Ascent
+from sam_optax._step.parts import Cadence as Cadence
+from sam_optax._step.parts import chain as chain
+from sam_optax._step.parts import every_step as every_step
+from sam_optax._step.report import Report as Report
+from sam_optax._step.sharpness_aware import Options as Options
+from sam_optax._step.sharpness_aware import SharpnessAwareState as SharpnessAwareState
+from sam_optax._step.sharpness_aware import sharpness_aware as sharpness_aware

@@ -1,0 +1,179 @@
+"""What comes into a step: its examples as functions of a point, and its checks."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sam_optax import _tree
+from sam_optax._step.parts import Cadence
+
+_UNKNOWN = np.float32("nan")
+
+
+class Pass(NamedTuple):
+    """What one pass over a batch yields at one point.
+
+    Attributes:
+      loss: the mean of what loss_fn returned.
+      gradient: of the mean loss; None from a forward pass.
+      aux: the auxiliary output of loss_fn, or None.
+      batch: the examples that were seen.
+      returned: what loss_fn returned, before the mean.
+      unperturbed_loss: the loss of the same examples at the parameters; only known of
+        the passes that the update of a SAM transformation asks for.
+    """
+
+    loss: Any  # shape=()
+    gradient: Any = None
+    aux: Any = None
+    batch: Any = None
+    returned: Any = None
+    unperturbed_loss: Any = _UNKNOWN  # shape=()
+
+    @property
+    def losses(self) -> jax.Array:
+        """The loss of each example; an error if loss_fn does not return one each."""
+        wanted = (self.batch.size,)
+        if jnp.shape(self.returned) != wanted:
+            raise ValueError(
+                "To select examples by their loss, loss_fn must return one loss per "
+                f"example, of shape {wanted}, not their mean; the mean is taken "
+                f"afterwards. It returned shape {jnp.shape(self.returned)}."
+            )
+        return self.returned
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """Which examples the two gradients of a step see.
+
+    Attributes:
+      seen: the pass at the parameters whose loss and auxiliary output are returned. It
+        may have a gradient if `ascent` is the method `gradient` of the same batch: then
+        that is g, from which ε is made. Otherwise g is taken from `ascent(params)`.
+      ascent: point -> the pass over the examples that ε is made from.
+      descent: point -> the pass over the examples that the step descends on.
+      recompute: True if g is not the gradient, at w, of the examples that the step
+        descends on. A descent that compares gᵃ with that gradient, and a step without
+        ascent, then take it from `descent(params)`. Default False.
+    """
+
+    seen: Any  # a Pass; None if the caller of an update took g itself
+    ascent: Callable[[Any], Pass]
+    descent: Callable[[Any], Pass]
+    recompute: bool = False
+
+    def __call__(self, point: Any) -> Pass:
+        return self.descent(point)
+
+    def map(self, change: Callable[[Callable], Callable]) -> "Choice":
+        """The same with both functions changed."""
+        return self.replace(ascent=change(self.ascent), descent=change(self.descent))
+
+    def replace(self, **fields: Any) -> "Choice":
+        """The same with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    @property
+    def loss(self) -> Any:
+        """The loss at the parameters, or None if the caller of an update took it."""
+        return None if self.seen is None else self.seen.loss
+
+
+def as_choice(grad_fn: Callable[[Any], Any], like: optax.Updates) -> Choice:
+    """A grad_fn as a `Choice`; one that is not ours has its gradients checked."""
+    if isinstance(grad_fn, Choice):
+        return grad_fn
+    expected = _tree.outline(like)
+
+    def evaluate(point):
+        result = grad_fn(point)
+        if not isinstance(result, Pass):
+            result = Pass(_UNKNOWN, result)
+        if _tree.outline(result.gradient) != expected:
+            raise ValueError(
+                "grad_fn must return the gradient alone, with the structure and shapes "
+                f"of the parameters, {expected}; it returned "
+                f"{_tree.outline(result.gradient)}. From a function with has_aux=True "
+                "or from jax.value_and_grad, take the gradient out: "
+                "grad_fn=lambda params: grad_with_aux(params)[0]."
+            )
+        return result
+
+    return Choice(None, evaluate, evaluate)
+
+
+def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
+    for name, part in (("ascent", ascent), ("descent", descent)):
+        is_missing = part is None and name == "descent"
+        if not is_missing and not isinstance(part, optax.GradientTransformation):
+            raise TypeError(
+                f"{name} must be an optax.GradientTransformation, got {part!r}."
+            )
+    if cadence is not None and not isinstance(cadence, Cadence):
+        raise TypeError(
+            f"cadence must be a sam_optax.cadences.Cadence, got {cadence!r}."
+        )
+
+
+# What the step passes to ascent and descent; see the namespaces of both.
+_OWN_ARGS = ("ascent_gradient", "perturbation", "perturb", "group")
+
+
+def check_call(
+    updates: Any, params: Any, grad_fn: Any, report: Any, extra_args: Mapping[str, Any]
+) -> None:
+    """What an update needs, with the remedy for the door that it came through."""
+    if params is None:
+        raise ValueError(
+            "A SAM transformation needs the parameters: update(g, state, params)."
+        )
+    if grad_fn is None:
+        raise ValueError(
+            "A SAM transformation needs the gradient at the perturbed parameters. "
+            "Either pass grad_fn= (parameters -> gradient, on the same batch) to "
+            "tx.update, as nnx.Optimizer.update forwards it; or compute the gradients "
+            "with sam_optax.sam_value_and_grad and pass these on unchanged. Flax "
+            "Linen's TrainState.apply_gradients forwards no extra arguments to "
+            "tx.update, so there it must be sam_value_and_grad."
+        )
+    if report is not None and not callable(report):
+        raise TypeError(
+            f"report must be a function that is called with a Report, got {report!r}."
+        )
+    for name in _OWN_ARGS:
+        if name in extra_args:
+            raise ValueError(
+                f"The extra argument {name!r} is one that a SAM transformation passes "
+                "to its parts itself. Give yours another name."
+            )
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "A SAM transformation inside optax.masked or optax.partition sees only "
+            "part of the parameters, and the loss needs all of them. Put it outside, "
+            "first in the chain, and choose what it perturbs with its mask= argument."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: "
+        if not _tree.is_inexact(leaf):
+            raise TypeError(
+                name + "only floating-point parameters have gradients. Keep others out "
+                "of params, as eqx.partition or nnx.split do."
+            )
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                name + "the gradient that JAX takes is the conjugate of the direction "
+                "in which the loss rises. Keep the real and the imaginary part as "
+                "parameters of their own."
+            )
+    if _tree.outline(updates) != _tree.outline(params):
+        raise ValueError(
+            "The gradient and the parameters have different structures or shapes: "
+            f"{_tree.outline(updates)} and {_tree.outline(params)}."
+        )

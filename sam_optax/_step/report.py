@@ -1,0 +1,82 @@
+"""Reports: what a step measures on its way, if somebody asks for it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax import _tree
+
+
+class Report(NamedTuple):
+    """Measurements of one step, all scalars.
+
+    Where the step did not ascend, all but `ascent_norm` and `ascended` are NaN.
+
+    Attributes:
+      perturbed_loss: L(w + ε).
+      surrogate_gap: L(w + ε) − L(w).
+      ascent_norm: ‖g‖.
+      descent_norm: ‖gᵃ‖.
+      cosine: of the angle between g and gᵃ.
+      perturbation_norm: ‖ε‖; under groups, the mean over them.
+      ascended: whether the second gradient was taken.
+    """
+
+    perturbed_loss: jax.Array  # shape=(), at least float32
+    surrogate_gap: jax.Array  # shape=(), at least float32
+    ascent_norm: jax.Array  # shape=(), at least float32
+    descent_norm: jax.Array  # shape=(), at least float32
+    cosine: jax.Array  # shape=(), at least float32
+    perturbation_norm: jax.Array  # shape=(), at least float32
+    ascended: jax.Array  # shape=(), dtype=jnp.bool_
+
+
+class AtPerturbed(NamedTuple):
+    """What a group of examples saw at its w + ε, or the mean of it over groups."""
+
+    descent_gradient: Any
+    perturbed_loss: Any = ()  # like the following, empty unless a report is wanted
+    surrogate_gap: Any = ()
+    perturbation_norm: Any = ()
+
+
+def report_of(g: optax.Updates, there: AtPerturbed, loss: Any) -> Report:
+    """The report of a step that ascended; `loss` is the one at w."""
+    norm = _tree.norm(g)
+    dtype = _loss_dtype(norm, loss)
+    # What is not known is a constant NaN. Adding a zero that is made of g makes it vary
+    # over the same mesh axes as g does, as the report of a step without ascent does.
+    zero = jnp.where(jnp.isfinite(norm), 0 * norm, 0)
+    return Report(
+        perturbed_loss=jnp.asarray(there.perturbed_loss + zero, dtype),
+        surrogate_gap=jnp.asarray(there.surrogate_gap + zero, dtype),
+        ascent_norm=norm,
+        descent_norm=jnp.asarray(_tree.norm(there.descent_gradient), norm.dtype),
+        cosine=jnp.asarray(_tree.cosine(g, there.descent_gradient), norm.dtype),
+        perturbation_norm=jnp.asarray(there.perturbation_norm + zero, norm.dtype),
+        ascended=jnp.asarray(True),
+    )
+
+
+def report_without_ascent(g: optax.Updates, loss: Any) -> Report:
+    """The report of a step that took no second gradient."""
+    norm = _tree.norm(g)
+    unknown = norm * jnp.nan
+    unknown_loss = jnp.asarray(unknown, _loss_dtype(norm, loss))
+    return Report(
+        perturbed_loss=unknown_loss,
+        surrogate_gap=unknown_loss,
+        ascent_norm=norm,
+        descent_norm=unknown,
+        cosine=unknown,
+        perturbation_norm=unknown,
+        ascended=jnp.asarray(False),
+    )
+
+
+def _loss_dtype(norm: jax.Array, loss: Any) -> Any:
+    """The dtype of reported losses: that of the loss, and at least float32."""
+    known = norm if loss is None else _tree.at_least_float32(jnp.asarray(loss))
+    return known.dtype

@@ -1,0 +1,69 @@
+"""Ascents: what turns the gradient g into the perturbation ε.
+
+An ascent is an ordinary Optax transformation whose updates go in as g and come out as
+ε. You build one from parts with `optax.chain`; in a chain, each part receives the
+output of the part before. All parts of this module return at least float32, so that no
+digits of ε are lost before w + ε is rounded to the dtype of w.
+
+Besides g and the parameters, the update of an ascent receives these extra arguments:
+
+- ascent_gradient: g itself, for parts that come later in a chain.
+- grad_fn: parameters -> the gradient of the loss there, for ascents that take further
+  gradients.
+- perturb: (params, ε) -> w + ε, rounded as the step rounds it. Further gradients are
+  taken at `grad_fn(perturb(params, shift))`.
+- group: the index of the group of examples whose perturbation is computed, or None.
+  Parts that draw random numbers fold it into their key.
+- the extra arguments of the step, such as `full_gradient=`.
+
+The update runs on every step, also on those without a second gradient.
+"""
+
+from sam_optax.methods._asam import asam_ascent as asam
+from sam_optax.methods._asam import scale_by_magnitude
+from sam_optax.methods._esam import mask_at_random
+from sam_optax.methods._fisher_sam import fisher_sam_ascent as fisher_sam
+from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
+from sam_optax.methods._friendly import fasam_ascent as fasam
+from sam_optax.methods._friendly import fsam_ascent as fsam
+from sam_optax.methods._friendly import subtract_ema
+from sam_optax.methods._multi_step_sam import ascend_repeatedly
+from sam_optax.methods._random_sam import ascend_from_noise, replace_by_noise
+from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
+from sam_optax.methods._sam import sam_ascent as sam
+from sam_optax.methods._sam_full import (
+    project_on_full_gradient,
+    subtract_projection_on_full_gradient,
+)
+from sam_optax.methods._sam_full import sam_full_ascent as sam_full
+from sam_optax.methods._sam_full import sam_noise_ascent as sam_noise
+from sam_optax.methods._ssam import drop_and_grow, keep_largest_fisher
+from sam_optax.methods._usam import usam_ascent as usam
+from sam_optax.methods._vasso import follow_ema
+from sam_optax.methods._vasso import vasso_ascent as vasso
+
+__all__ = [
+    "asam",
+    "ascend_from_noise",
+    "ascend_repeatedly",
+    "drop_and_grow",
+    "fasam",
+    "fisher_sam",
+    "follow_ema",
+    "fsam",
+    "keep_largest_fisher",
+    "mask_at_random",
+    "normalize_by_global_norm",
+    "project_on_full_gradient",
+    "replace_by_noise",
+    "sam",
+    "sam_full",
+    "sam_noise",
+    "scale_by_inverse_root_fisher",
+    "scale_by_magnitude",
+    "scale_by_rho",
+    "subtract_ema",
+    "subtract_projection_on_full_gradient",
+    "usam",
+    "vasso",
+]

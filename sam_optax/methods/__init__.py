@@ -1,0 +1,51 @@
+"""The named methods, one file for each family of papers, and their records.
+
+`METHODS` holds a record for every method that is a transformation, and
+`FURTHER_METHODS` one for every other. With the decorator `record`, a method of your own
+joins them.
+"""
+
+# isort: off
+# To import a file records its methods, and the tables list them in this order.
+from sam_optax.methods._k_sam import k_sam as k_sam
+from sam_optax.methods._sam import sam as sam
+from sam_optax.methods._asam import asam as asam
+from sam_optax.methods._friendly import fsam as fsam
+from sam_optax.methods._friendly import fasam as fasam
+from sam_optax.methods._usam import usam as usam
+from sam_optax.methods._gsam import gsam as gsam
+from sam_optax.methods._gsam import sam_plus_gap as sam_plus_gap
+from sam_optax.methods._stable_sam import stable_sam as stable_sam
+from sam_optax.methods._stable_sam import stable_asam as stable_asam
+from sam_optax.methods._stable_sam import stable_usam as stable_usam
+from sam_optax.methods._wsam import wsam as wsam
+from sam_optax.methods._wsam import gradient_norm_penalty as gradient_norm_penalty
+from sam_optax.methods._fisher_sam import fisher_sam as fisher_sam
+from sam_optax.methods._vasso import vasso as vasso
+from sam_optax.methods._sam_full import sam_full as sam_full
+from sam_optax.methods._sam_full import sam_noise as sam_noise
+from sam_optax.methods._look_sam import look_sam as look_sam
+from sam_optax.methods._look_sam import sam_every_k as sam_every_k
+from sam_optax.methods._rst import rst as rst
+from sam_optax.methods._ae_sam import ae_sam as ae_sam
+from sam_optax.methods._esam import esam as esam
+from sam_optax.methods._esam import largest_increase as largest_increase
+from sam_optax.methods._ssam import ssam as ssam
+from sam_optax.methods._random_sam import random_sam as random_sam
+from sam_optax.methods._random_sam import rsam as rsam
+from sam_optax.methods._multi_step_sam import multi_step_sam as multi_step_sam
+from sam_optax.methods._sub_batch import sub_batch as sub_batch
+from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
+from sam_optax.methods._saf import saf as saf
+from sam_optax.methods._saf import mesa as mesa
+from sam_optax.methods._decoupled_wsam import decoupled_wsam as decoupled_wsam
+# isort: on
+
+from sam_optax._step import Options as Options
+from sam_optax.methods._record import FURTHER_METHODS as FURTHER_METHODS
+from sam_optax.methods._record import METHODS as METHODS
+from sam_optax.methods._record import FurtherMethod as FurtherMethod
+from sam_optax.methods._record import Method as Method
+from sam_optax.methods._record import further_methods_table as further_methods_table
+from sam_optax.methods._record import methods_table as methods_table
+from sam_optax.methods._record import record as record

@@ -1,0 +1,64 @@
+"""What the descents share: how to make one from a function, and the part `blend`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from sam_optax import _tree
+from sam_optax._checks import check_number
+from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
+
+
+def stateless_descent(
+    function: Callable[..., optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+    """A descent without state, from a function (gᵃ, g, ε, w) -> d."""
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        ascent_gradient: optax.Updates | None = None,
+        perturbation: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        return function(updates, ascent_gradient, perturbation, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def blend(weight: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Descends on the loss plus a times the surrogate gap.
+
+    .. math::
+      d = g + a \, (g^a - g)
+
+    The surrogate gap is L(w + ε) − L(w).
+
+    Args:
+      weight: the weight a. It is 1 for SAM, 0 for the base optimizer, γ/(1−γ) for WSAM,
+        and 1 + λ for the perturbed loss plus λ times the gap.
+
+    Returns:
+      A descent for `sharpness_aware`.
+
+    Examples:
+      F-SAM, halfway between SAM and the base optimizer:
+
+      >>> import sam_optax
+      >>> sam = sam_optax.sharpness_aware(
+      ...     sam_optax.ascents.fsam(rho=0.1), descent=sam_optax.descents.blend(0.5))
+    """
+    check_number("weight", weight)
+
+    def part(weight):
+        def descend(ga, g, perturbation, params):
+            del perturbation, params
+            return _tree.add_scaled(g, weight, _tree.subtract(ga, g))
+
+        return stateless_descent(descend)
+
+    return scheduled(part, weight=weight)

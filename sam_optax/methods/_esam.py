@@ -1,0 +1,179 @@
+"""ESAM: a random mask on the perturbation, and a selection of the examples."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax import _tree
+from sam_optax._checks import check_number
+from sam_optax._doors.batch import Batch, DataRule
+from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
+from sam_optax._random import Key
+from sam_optax._step import Options, sharpness_aware
+from sam_optax._step.inputs import Choice
+from sam_optax.methods._noise import noisy
+from sam_optax.methods._record import record, record_further
+from sam_optax.methods._sam import sam_ascent
+from sam_optax.methods._selection import (
+    check_count,
+    check_fraction,
+    count_of,
+    largest,
+)
+
+
+def mask_at_random(
+    keep: ScalarOrSchedule = 0.6, *, key: Key = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps every entry with probability β, and divides it by β; the mean stays.
+
+    Args:
+      keep: β in (0, 1]. Default 0.6, from ESAM's code.
+      key: an int, a typed key or a legacy one. Default 0.
+
+    Returns:
+      A transformation that carries a key.
+
+    Raises:
+      ValueError: if keep is a Python number outside (0, 1].
+    """
+    check_number("keep", keep, at_least=0, at_most=1)
+    if isinstance(keep, (int, float)) and keep == 0:
+        raise ValueError("keep must be > 0, got 0: nothing would be perturbed.")
+
+    def part(keep):
+        def mask(key, updates):
+            drawn = _tree.uniform_like(key, updates)
+            return jax.tree.map(
+                lambda u, x: jnp.where(x < keep, u / jnp.asarray(keep, u.dtype), 0),
+                updates,
+                drawn,
+            )
+
+        return noisy(key, mask)
+
+    return scheduled(part, keep=keep)
+
+
+@record_further(
+    title="Efficient SAM, selection",
+    equation="gᵃ on the γB examples whose loss rose most",
+    use="`data=`",
+    source="Du 2022",
+    url="https://arxiv.org/abs/2110.03141",
+    cost="1 + γ + a forward pass",
+)
+def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRule:
+    r"""Takes the descent gradient on the examples whose loss rises most.
+
+    .. math::
+      g^a = \nabla L_S(w + \varepsilon), \qquad
+      S = \text{the } \gamma B \text{ examples of largest }
+      \ell_i(w + \varepsilon) - \ell_i(w)
+
+    This is the selection of ESAM. Together with the method `esam` it is the whole of
+    ESAM; it works with any other method as well. loss_fn must return one loss per
+    example.
+
+    Args:
+      gamma: the share γ of the examples, in (0, 1]. Default 0.5, from the paper.
+      as_released: whether to select one example fewer, as the authors' code does, and
+        all of them from γ = 0.99. Default False.
+
+    Returns:
+      A rule for the `data=` argument of `sam_value_and_grad`.
+
+    Raises:
+      ValueError: if gamma is outside (0, 1]; when traced, if no example would be
+        selected, or loss_fn does not return one loss per example.
+
+    Examples:
+      Both examples pull w to the left, so ε moves it to the right, from 3 to 3.5. The
+      loss of the first example rises more, and gᵃ is 2 · (3.5 − 0).
+
+      >>> import jax.numpy as jnp, sam_optax
+      >>> sam = sam_optax.sam(rho=0.5)
+      >>> rule = sam_optax.data.largest_increase(0.5)
+      >>> loss_and_grads = sam_optax.sam_value_and_grad(
+      ...     lambda w, x: (w - x) ** 2, sam, data=rule)
+      >>> w, x = jnp.array(3.0), jnp.array([0.0, 2.0])
+      >>> loss, grads = loss_and_grads(w, x, opt_state=sam.init(w))
+      >>> print(loss, grads.gradients)
+      5.0 7.0
+
+    References:
+      Du et al., `Efficient Sharpness-aware Minimization for Improved Training of Neural
+      Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
+
+    Cost: 1 + γ gradients and a forward pass.
+    """
+    check_fraction("gamma", gamma)
+
+    def rule(batch: Batch, params: optax.Params) -> Choice:
+        seen = batch.gradient(params)
+        before = seen.losses
+        count = count_of(gamma, batch.size)
+        if as_released:
+            count = batch.size if gamma >= 0.99 else count - 1
+        check_count("gamma", count, batch.size)
+
+        def descent(point):
+            rise = batch.forward(point).losses - before
+            return batch.take(largest(rise, count)).gradient(point)
+
+        return Choice(seen, batch.gradient, descent)
+
+    return rule
+
+
+@record(
+    title="Efficient SAM, random mask",
+    equation="ε = ρ g/‖g‖ · b/β, b random in {0, 1} with mean β",
+    radius="‖E ε‖",
+    source="Du 2022",
+    url="https://arxiv.org/abs/2110.03141",
+)
+def esam(
+    rho: ScalarOrSchedule = 0.05,
+    beta: ScalarOrSchedule = 0.6,
+    *,
+    key: Key = 0,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Efficient Sharpness-Aware Minimization (ESAM), its random mask.
+
+    .. math::
+      \varepsilon = \rho \frac{g}{\|g\|} \cdot \frac{b}{\beta}, \quad
+      b_i \sim \mathrm{Bernoulli}(\beta), \qquad d = \nabla L(w + \varepsilon)
+
+    This is stochastic weight perturbation, the first of the paper's two ideas. The
+    second one is to descend on the examples whose loss rises most. It is a data rule;
+    both together are `sam_value_and_grad(loss_fn, esam, data=data.largest_increase())`.
+
+    Args:
+      rho: the radius ρ of the unmasked perturbation, so that ‖E ε‖ = ρ. Default 0.05,
+        that of `sam`.
+      beta: the share β in (0, 1] of the entries that are perturbed. Default 0.6, from
+        the authors' code.
+      key: an int, a typed key or a legacy one. Default 0.
+      options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
+
+    Returns:
+      A transformation that comes first in an optimizer chain; see `sharpness_aware`.
+
+    Raises:
+      ValueError: if rho < 0 or beta is outside (0, 1].
+
+    References:
+      Du et al., `Efficient Sharpness-aware Minimization for Improved Training of Neural
+      Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
+
+    Differences from the authors' code: they mask whole tensors, and take the norm of
+    the tensors that are kept.
+
+    Cost: 2 gradients a step; a key is carried.
+    """
+    ascent = optax.chain(sam_ascent(rho), mask_at_random(beta, key=key))
+    return sharpness_aware(ascent, **options)

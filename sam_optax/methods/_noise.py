@@ -1,0 +1,36 @@
+"""What the parts that draw random numbers share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+
+from sam_optax import _tree
+from sam_optax._random import Key, key_stream
+
+
+class NoiseState(NamedTuple):
+    """State of the parts that draw random numbers."""
+
+    noise_key: jax.Array  # key data, dtype=jnp.uint32
+
+
+def noisy(
+    key: Key, function: Callable[[jax.Array, optax.Updates], optax.Updates]
+) -> optax.GradientTransformationExtraArgs:
+    """A part from a function (key, updates) -> updates, with a new key on every step.
+
+    The key is folded with the index of the group, so that every group of examples draws
+    its own numbers.
+    """
+    keys = key_stream(key)
+
+    def update_fn(updates, state, params=None, *, group=None, **extra_args):
+        del params, extra_args
+        now, later = keys.next(state.noise_key, group)
+        return function(now, _tree.at_least_float32(updates)), NoiseState(later)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: NoiseState(keys.start()), update_fn
+    )
