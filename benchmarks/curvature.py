@@ -1,10 +1,13 @@
-"""What measuring curvature takes: products, memory and work, on a ResNet-18.
+"""How much memory and time it takes to measure curvature, on a ResNet-18.
+
+Run it with::
 
     python benchmarks/curvature.py
 
-compiles measures of `sam_optax.sharpness` for data sets of several sizes and prints the
-compiler's count of temporary memory, which must not grow with the data. With --run it
-also takes a few eigenvalues, and times a product with the Hessian beside a gradient.
+It compiles measures of `sam_optax.sharpness` for data sets of several sizes, and prints
+the temporary memory that the compiler reports, which must not grow with the data. With
+`--run` it also computes two eigenvalues, and divides the time of a product with the
+Hessian by that of a gradient.
 """
 
 import argparse
@@ -29,8 +32,8 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, nargs="+", default=[64, 512, 4096], help="of the data"
     )
-    parser.add_argument("--products", type=int, default=8, help="of Lanczos")
-    parser.add_argument("--run", action="store_true", help="run, not only compile")
+    parser.add_argument("--products", type=int, default=8, help="steps of Lanczos")
+    parser.add_argument("--run", action="store_true", help="also run, not only compile")
     args = parser.parse_args()
 
     model = MODELS[args.model]

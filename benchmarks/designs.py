@@ -1,13 +1,15 @@
-"""Ways to write a SAM step, by what they cost.
+"""What different ways to write a SAM step cost.
+
+Run it with, for example::
 
     python benchmarks/designs.py
     python benchmarks/designs.py --models vit-s --width 64 --batch 4
 
-Each is written by hand, and measured over two gradients in a row: the second gradient
-in a scan over both passes or in a `lax.cond`, ε kept in memory, one flat buffer for all
-parameters, and ways to take a norm that survives what a square does not. The last lines
-compare what F-SAM carries in float32 and in bfloat16. docs/cost.md says which the
-library chose.
+All steps are written by hand, and compared with one that takes its two gradients one
+after the other: both gradients in a `lax.scan`, the second in a `lax.cond`, ε kept in
+memory, one flat buffer for all parameters, and norms that stay correct where a sum of
+squares would overflow or underflow. A second table compares F-SAM with its moving
+average in float32 and in bfloat16. docs/cost.md says what the library does.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from measure import compile_program, print_ratios
 from models import MODELS, make_batch, make_loss
 
 RHO, LEARNING_RATE, DECAY = 0.05, 0.01, 0.9
-LARGEST = 2.0**96  # of a square that has lost no digits, in float32
+LARGEST = 2.0**96  # a float32 sum of squares below it, and above 1 / it, is accurate
 
 
 # --- Norms.
@@ -33,14 +35,14 @@ def plain_norm(tree: Any) -> jax.Array:
 
 
 def norm_of_scaled(tree: Any) -> jax.Array:
-    """Divides by the largest entry first: two passes, always."""
+    """Divides by the largest entry first, which always takes two passes."""
     largest = optax.tree.max(jax.tree.map(jnp.abs, tree))
     scaled = optax.tree.scale(1 / largest, tree)
     return largest * optax.tree.norm(scaled)
 
 
 def norm_in_loop(tree: Any) -> jax.Array:
-    """A loop that ends after one pass, unless the square has left its range."""
+    """A loop that ends after one pass, unless the sum of squares is not accurate."""
 
     def body(carry):
         count, factor, _ = carry
@@ -56,7 +58,7 @@ def norm_in_loop(tree: Any) -> jax.Array:
 
 
 def norm_in_branch(tree: Any) -> jax.Array:
-    """A second pass in a branch, where the square has left its range."""
+    """A second pass in a branch, taken if the sum of squares is not accurate."""
     square = optax.tree.norm(tree, squared=True)
     is_safe = (square >= 1 / LARGEST) & (square <= LARGEST)
     factor = jnp.where(square > LARGEST, 1 / LARGEST, LARGEST)
@@ -76,7 +78,7 @@ NORMS = {
 }
 
 
-# --- Steps: (params, ...) -> (params, ...), with the loss.
+# --- Steps: functions of (params, ...) that return the new (params, ..., loss).
 
 
 def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -105,7 +107,7 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
     def in_cond(params, x, y):
         loss, g = value_and_grad(params, x, y)
-        ascend = jnp.isfinite(loss)  # true, which the compiler cannot know
+        ascend = jnp.isfinite(loss)  # True, but the compiler cannot know that
         d = jax.lax.cond(ascend, lambda: grad(perturbed(params, g), x, y), lambda: g)
         return descend(params, d), loss
 
@@ -115,7 +117,7 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         e = jax.tree.map(lambda g: factor * g, g)
         point = jax.tree.map(jnp.add, params, e)
         d = grad(point, x, y)
-        # As where the parameters are overwritten, and come back as point − ε.
+        # Restores w as point − ε, as a step does that overwrites the parameters.
         back = jax.tree.map(jnp.subtract, *jax.lax.optimization_barrier((point, e)))
         return descend(back, d), loss
 
@@ -131,14 +133,14 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 
 def flat_step(loss_fn: Callable[..., Any], params: Any) -> tuple[Any, Any]:
-    """Two gradients of one vector; and the vector."""
+    """The step "two gradients" on one vector of all parameters; and the vector."""
     vector, unravel = jax.flatten_util.ravel_pytree(params)
     step = make_steps(lambda v, x, y: loss_fn(unravel(v), x, y))["two gradients"]
     return step, vector
 
 
 def ema_step(loss_fn: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
-    """F-SAM with its average in a dtype."""
+    """F-SAM with its moving average kept in `dtype`."""
     value_and_grad = jax.value_and_grad(loss_fn)
 
     def step(params, ema, x, y):
@@ -168,11 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the computation; parameters are float32 (default: %(default)s)",
+        help="dtype to compute in; parameters are float32 (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument(
-        "--compiles", type=int, default=3, help="the fastest counts (default: 3)"
+        "--compiles", type=int, default=3, help="the fastest one counts (default: 3)"
     )
     args = parser.parse_args(argv)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps = {name: (step, params) for name, step in make_steps(loss_fn).items()} | {
             "one flat buffer": flat_step(loss_fn, params)
         }
-        # Copied, because a step may overwrite what it is given.
+        # Each program gets a copy, because it overwrites its donated arguments.
         programs = {
             name: compile_program(
                 step,

@@ -1,14 +1,23 @@
-"""The same numbers everywhere: every deterministic method in every device setting.
+"""Checks that every deterministic method gives the same numbers on several devices.
+
+Run it with::
 
     python benchmarks/device_table.py
 
-trains a small network for six steps of SGD with momentum in float64, on one device, by
-`pmap`, by `shard_map` with and without its check of varying axes, by `jit` with a
-sharded batch (data parallel), by `jit` with sharded parameters besides (FSDP), and on
-two processes; once with one perturbation for the batch, and once with one per device or
-group. It prints the largest difference of any parameter from one device, and whether
-the replicas are bitwise equal. SGD is plain so that a factor of the number of devices
-cannot hide, as it would behind a scale-invariant optimizer.
+Each method trains a small network for six steps in float64
+
+- on one device,
+- by `pmap`,
+- by `shard_map`, with `check_vma` on and off,
+- by `jit` with a sharded batch (data parallel),
+- by `jit` with a sharded batch and sharded parameters (FSDP), and
+- by `jit` on two processes,
+
+once with one perturbation for the whole batch, and once with one for each device or
+group. The table shows the largest difference of any parameter from the training on one
+device, and whether the replicas are bitwise equal. The optimizer is SGD with momentum,
+because a scale-invariant one, such as Adam, would hide a gradient that is wrong by a
+factor, such as the number of devices.
 """
 
 import argparse
@@ -34,8 +43,9 @@ import sam_optax
 
 DEVICES, GROUP, STEPS = 4, 4, 6  # four groups of four examples, one per device
 
-# Methods that draw no random numbers, with the arguments that make them differ from
-# SAM here. F-SAM's sigma of 1 and a cadence of 2 would both hide state that lags.
+# The methods that draw no random numbers, with arguments for which they differ from
+# SAM. F-SAM's default sigma of 1 would hide a moving average m that lags one step
+# behind: g − m has the same direction before and after m is updated with g.
 RHO = 0.2
 METHODS = {
     "sam": lambda: sam_optax.sam(RHO),
@@ -65,7 +75,7 @@ METHODS = {
 
 
 def make_optimizer(name):
-    """(sam, the whole optimizer)"""
+    """The SAM transformation, and the whole optimizer."""
     base = optax.sgd(0.05, momentum=0.9)
     if name == "decoupled_wsam":
         return sam_optax.decoupled_wsam(base, 0.05, RHO)
@@ -93,8 +103,11 @@ def loss_fn(params, x, y):
 
 
 def make_step(methods, **options):
-    """(start, step): all methods in one program, which compiles three times as fast as
-    a program for each. start is (params, opt_state) by name, and a step returns these.
+    """Returns (start, step), which train all methods in one program.
+
+    One program compiles three times as fast as one for each method. `start(params)`
+    returns {method: (params, opt_state)}, and `step(states, x, y)` returns the next
+    such dict.
     """
     parts = {}
     for name in methods:
@@ -120,13 +133,14 @@ def make_step(methods, **options):
 
 
 def make_grouped_step(methods, per_group, map_groups="vmap"):
-    """Where groups are of examples, and not of devices."""
+    """`make_step` for one program on all devices: groups are of examples, by `m=`."""
     options = {"m": GROUP, "map_groups": map_groups} if per_group else {}
     return make_step(methods, **options)
 
 
-# --- Settings: (methods, whether groups have their own perturbations) -> replicas, each
-# the parameters by method, on one device or process.
+# --- Settings: functions of the methods, and of whether each group has its own
+# perturbation. They return a list of replicas: what each device or process holds, as
+# {method: parameters}.
 
 
 def train(step, states, place=lambda batch: batch):
@@ -160,7 +174,7 @@ def make_mesh(**axes):
 
 
 def copies(params):
-    """What each device holds of replicated parameters."""
+    """The copies of replicated parameters that the devices hold."""
 
     def on(device):
         return jax.tree.map(lambda x: x.addressable_shards[device].data, params)
@@ -181,7 +195,7 @@ def shard_map(methods, per_group, check_vma):
 
 
 def jit(methods, per_group, parameters):
-    """With the batch sharded over the devices, and the parameters by `parameters`."""
+    """By `jit`, with the batch sharded over the devices, and parameters by a spec."""
     start, step = make_grouped_step(methods, per_group)
     mesh = make_mesh(data=DEVICES)
 
@@ -203,7 +217,7 @@ SETTINGS = {
 
 
 def difference(params, reference):
-    """The largest of any parameter."""
+    """The largest absolute difference of any parameter."""
     return max(
         float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
         for a, b in zip(
@@ -213,7 +227,7 @@ def difference(params, reference):
 
 
 def are_equal(replicas):
-    """Bit by bit."""
+    """Whether all replicas are bitwise equal."""
     return all(
         np.asarray(a).tobytes() == np.asarray(b).tobytes()
         for replica in replicas[1:]
@@ -227,7 +241,7 @@ def are_equal(replicas):
 
 
 def run_process(process, port, directory, methods):
-    """One of two processes, each with half of the devices; writes its parameters."""
+    """Runs one of two processes with half of the devices each; saves its parameters."""
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
     sharding = NamedSharding(make_mesh(data=DEVICES), P("data"))
     replicated = NamedSharding(sharding.mesh, P())
@@ -252,7 +266,7 @@ def run_process(process, port, directory, methods):
 
 
 def two_processes(methods):
-    """per_group -> the parameters that each of two processes has at the end."""
+    """{per_group: the final parameters of each of two processes}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -275,7 +289,8 @@ def two_processes(methods):
             for process in range(2)
         ]
         printed = [process.communicate(timeout=1200)[0] for process in processes]
-        # Not by the exit status: after the work, gRPC's server can fail to shut down.
+        # The exit status does not tell: after all work, gRPC's server can fail to shut
+        # down.
         if len(list(pathlib.Path(directory).glob("*.npz"))) < 4:
             raise RuntimeError("a process failed:\n" + "\n".join(printed))
 

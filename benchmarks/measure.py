@@ -1,4 +1,4 @@
-"""What benchmarks share: programs timed in turn, and compared as ratios."""
+"""Shared by the benchmarks: times programs in turn, and compares them as ratios."""
 
 import math
 import re
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 
 class Program(NamedTuple):
-    """A compiled program with its arguments, and what the compiler says of it.
+    """A compiled program with its arguments, and what it costs.
 
-    `bytes_accessed` is the compiler's count, with every branch; `bytes_moved` is what
-    the instructions outside of branches read and write.
+    `flops`, `bytes_accessed` and `temporary_bytes` are the compiler's own numbers; its
+    count of bytes includes every branch. `bytes_moved` is what the instructions outside
+    of branches read and write.
     """
 
     run: Callable[..., Any]
@@ -33,14 +34,15 @@ def compile_program(
     donate: Sequence[int] = (),
     times: int = 1,
 ) -> Program:
-    """Compiles anew, whatever was compiled before; the fastest of several counts."""
+    """Compiles a function several times, never from a cache, and keeps the fastest."""
 
     def compile_once():
         def fresh(*arguments):
             return function(*arguments)
 
         start = time.perf_counter()
-        # What is donated and not used gives its memory to a result.
+        # keep_unused, because a donated argument gives its memory to a result even if
+        # the function does not use it.
         jitted = jax.jit(fresh, donate_argnums=donate, keep_unused=True)
         compiled = jitted.lower(*arguments).compile()
         return time.perf_counter() - start, compiled
@@ -69,8 +71,8 @@ _NOTHING_MOVES = {
 def bytes_moved(program: str) -> float:
     """What the instructions of an optimised program read and write, in bytes.
 
-    Of its entry alone: a branch that is not taken moves nothing, and one that is taken
-    is not seen.
+    Only the entry computation counts. So branches count as nothing, which is right if
+    they are not taken, and too little if they are.
     """
     entry = program[program.index("\nENTRY") :]
     sizes: dict[str, float] = {}
@@ -89,7 +91,7 @@ def bytes_moved(program: str) -> float:
 
 def _size(dtype: str, shape: str) -> float:
     bits = re.search(r"\d+", dtype)
-    each = int(bits.group()) / 8 if bits else 1  # a pred takes a byte
+    each = int(bits.group()) / 8 if bits else 1  # a pred (a bool) takes a byte
     return each * math.prod(int(n) for n in shape.split(",") if n)
 
 
@@ -98,10 +100,11 @@ def time_in_turn(
     rounds: int,
     tell: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each round; a round makes every call, and `tell` hears of it.
+    """The seconds that each call takes, for every round. `tell` is called after each.
 
-    Each is made twice and the second one counts: in a training a step follows itself,
-    and not one that left other data in the caches, or other threads still spinning.
+    A round makes every call twice in a row, and times the second. In training too, a
+    step follows itself. A different call before it would leave other data in the
+    caches, and other threads that still spin.
     """
     times = {name: [] for name in calls}
     for _ in range(rounds):
@@ -115,9 +118,10 @@ def time_in_turn(
 
 
 def bandwidth(size: int) -> float:
-    """Bytes per second that SGD on one float32 array of this size reads and writes.
+    """Bytes per second that SGD reads and writes, on one float32 array of this size.
 
-    Of the fastest of three runs of many steps, so that only the device counts.
+    Measured in the fastest of three runs. Each runs many steps in one program, so that
+    calls from Python do not count.
     """
     steps = max(4, 2**27 // size)
 
@@ -147,17 +151,19 @@ class Spread(NamedTuple):
 
 
 def ratios(times: Iterable[float], reference: Iterable[float]) -> Spread:
-    """Of the two times of one round: these hold where single times do not, on machines
-    that are shared and noisy."""
+    """The spread of the ratio of two times of the same round.
+
+    On a shared, noisy machine these ratios are steadier than the times themselves.
+    """
     pairs = [a / b for a, b in zip(times, reference, strict=True)]
     return Spread(*statistics.quantiles(pairs, n=4, method="inclusive"))
 
 
 def print_ratios(programs: dict[str, Program], rounds: int, carried: int = 0) -> None:
-    """A table of all programs over the first of them.
+    """Prints a table of what all programs cost, divided by what the first one costs.
 
-    The first results of a call are the first arguments of the next, as many as are
-    carried; they may be donated.
+    The first `carried` results of each call become the first arguments of the next, so
+    the programs may donate these arguments.
     """
 
     def make_call(program):

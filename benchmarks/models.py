@@ -1,4 +1,4 @@
-"""Models of which benchmarks time steps: plain functions of a dict of parameters.
+"""The models whose steps are timed: plain functions of a dict of parameters.
 
 Images come as (batch, height, width, channels), labels as integers.
 """
@@ -15,14 +15,15 @@ CLASSES = 10
 
 
 class Model(NamedTuple):
-    """A model, and the shape of what it sees.
+    """A model, with the sizes that it has by default.
 
     Attributes:
-      init: key, width -> parameters.
-      predict: parameters, images -> logits.
-      image: (height, width, channels).
-      width: of its layers; the number of parameters grows with its square.
-      batch: number of examples.
+      init: `init(key, width)` returns the parameters.
+      predict: `predict(params, images)` returns the logits.
+      image: the shape of an image, (height, width, channels).
+      width: the width of the layers. For large widths, the number of parameters grows
+        with its square.
+      batch: the number of examples in a batch.
     """
 
     init: Callable[[jax.Array, int], Any]
@@ -33,7 +34,7 @@ class Model(NamedTuple):
 
 
 def make_loss(predict: Callable[..., jax.Array], dtype: Any) -> Callable[..., Any]:
-    """Cross-entropy, computed in a dtype from float32 parameters."""
+    """Cross-entropy of logits that are computed in `dtype` from float32 parameters."""
 
     def loss_fn(params, x, y):
         params, x = optax.tree.cast((params, x), dtype)
@@ -58,7 +59,7 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
     return jax.random.normal(key, shape) * (2 / fan_in) ** 0.5
 
 
-# --- A multilayer perceptron: parameters dominate.
+# --- A multilayer perceptron: much of a step goes to passes over the parameters.
 
 
 def mlp(image: tuple[int, int, int], width: int, batch: int) -> Model:
@@ -81,15 +82,16 @@ def mlp(image: tuple[int, int, int], width: int, batch: int) -> Model:
     return Model(init, predict, image, width, batch)
 
 
-# --- A residual network: convolutions dominate.
+# --- A residual network: most of a step goes to convolutions.
 
 
 def resnet(
     image: tuple[int, int, int], width: int, batch: int, blocks: tuple[int, ...]
 ) -> Model:
-    """Basic blocks in stages, each twice as wide and half as large as the one before.
+    """Basic blocks in stages. Each stage doubles the channels and halves the images.
 
-    The normalisation is over an example, so that there are no batch statistics.
+    Each channel of each example is normalised on its own, so there are no batch
+    statistics.
     """
 
     def init(key, width):
@@ -131,7 +133,7 @@ def resnet(
         return x * params["scale"] + params["bias"]
 
     def predict(params, x):
-        # Large images are made smaller at once, as ResNets for ImageNet do.
+        # The stem shrinks large images by 4, as in ResNets for ImageNet.
         x = jax.nn.relu(convolve(params["stem"], x, 4 if image[0] > 64 else 1))
         for stage, count in enumerate(blocks):
             for block in range(count):
@@ -146,13 +148,13 @@ def resnet(
     return Model(init, predict, image, width, batch)
 
 
-# --- A vision transformer: many small leaves.
+# --- A vision transformer: its parameters are many small arrays.
 
 
 def transformer(
     image: tuple[int, int, int], width: int, batch: int, patch: int, depth: int
 ) -> Model:
-    """Pre-norm blocks on patches of the image, with heads of 64 (or one)."""
+    """Pre-norm blocks on patches of the image; width // 64 heads, but at least one."""
     rows, columns = image[0] // patch, image[1] // patch
 
     def init(key, width):

@@ -1,29 +1,35 @@
-"""What a sharpness-aware step costs, side by side with steps written by hand.
+"""What a sharpness-aware step costs, compared with steps written by hand.
+
+Run it with::
 
     python benchmarks/speed.py
 
-On a perceptron whose parameters dominate, a small residual network and a small
-transformer, the steps below run in turn within one process: plain SGD, two gradients
-written by hand, `sam_optax.sam` through both doors, `optax.contrib.sam`, the methods
-over `sam`, and what is cheaper than two gradients over plain SGD. Printed are
+It compares plain SGD, SAM written by hand, `sam_optax.sam` through both doors (door 1
+is `sam_value_and_grad`, door 2 is `update` with `grad_fn=`), `optax.contrib.sam`, other
+methods, and methods that are cheaper than two gradients. Their steps run in turn within
+one process, on a perceptron, where passes over the parameters take much of the time, a
+small residual network and a small transformer. It prints
 
-- medians of the ratios of one round with the range that holds half of them, beside what
-  the compiler counts (flops, bytes accessed, temporary memory), the time it takes, and
-  the bytes that instructions outside of branches move;
-- the share of a step that is not its two gradients, beside the share that the fewest
-  passes over the parameters would take, as fast as SGD makes passes over one array of
-  their size;
-- each target with what was measured.
+- the time of one step divided by that of another in the same round: the median, and the
+  range that holds half of the rounds. The same ratio is printed for what the compiler
+  counts (flops, bytes accessed, temporary memory), for the time to compile, and for the
+  bytes that instructions outside of branches move;
+- the share of a step's time that is not spent on its two gradients, and the share that
+  the fewest possible passes over the parameters would take, if each pass is as fast as
+  when SGD runs on a single array of that size;
+- each target, with what was measured.
 
-`speed.json` and `speed.png` in the output directory hold the same. `--quick` stays
-under two minutes.
+It saves all of this as `speed.json` in the output directory, and draws the ratios of
+times in `speed.png`. `--quick` takes less than two minutes.
+
+To vary the amount of work, or to run at the sizes of papers::
 
     python benchmarks/speed.py --models mlp --width 512 1024 2048 --batch 8 128
     python benchmarks/speed.py --models resnet18 vit-s --dtype bfloat16
 
-sweep the work, and run at the sizes of papers, on whatever device JAX finds. Parameters
-and states are donated, as in training. With `--torch`, PyTorch takes the same steps on
-the perceptron and the residual network.
+It runs on whatever device JAX finds. Parameters and states are donated, as in training.
+With `--torch`, PyTorch takes plain SGD and SAM steps on the perceptron and the residual
+network.
 """
 
 import argparse
@@ -59,7 +65,7 @@ import sam_optax
 RHO, LEARNING_RATE, ETA = 0.05, 0.01, 0.01
 GSAM_ALPHA, LOOK_SAM_ALPHA = 0.4, 0.7
 
-# What is compared, and with what.
+# Each step that is compared, and the step that it is divided by.
 COMPARISONS = [
     ("plain SGD", "by hand"),
     ("sam, door 1", "by hand"),
@@ -93,7 +99,8 @@ COMPARISONS = [
     ("fsam", "fsam, no guard"),
 ]
 
-# A step of these is the mean of others, of which a Python decision takes one.
+# These choose in Python between several compiled steps. Their cost is the mean of the
+# costs of those steps, weighted by how often each is taken.
 MEANS = {
     "look_sam, k = 5": {"look_sam, ascends": 1 / 5, "look_sam, does not": 4 / 5},
     "look_sam by hand": {
@@ -104,8 +111,8 @@ MEANS = {
     "rst by hand": {"by hand": 1 / 2, "plain SGD": 1 / 2},
 }
 
-# Passes over the parameters that a step needs beside its two gradients, if whatever
-# can run between two norms is one loop; derived in docs/cost.md.
+# The fewest passes over the parameters that a step needs besides its two gradients, if
+# all that happens between two norms is one loop. docs/cost.md derives them.
 METHODS = ("asam", "fsam", "gsam", "stable_sam", "vasso")
 SAM_PASSES = dict.fromkeys(("by hand", "sam, door 1", "sam, door 2"), 7)
 METHOD_PASSES = dict(zip(METHODS, (8, 10, 10, 8, 10), strict=True))
@@ -118,7 +125,7 @@ ALONE = "two gradients alone"
 
 
 class Target(NamedTuple):
-    """The most that a quantity of one step may be of another's, on some models."""
+    """How large the ratio of a quantity of two steps may be at most, on some models."""
 
     name: str
     over: str
@@ -150,7 +157,7 @@ TARGETS = [
 ]
 
 
-# --- The steps: (params, state, x, y) -> (params, state, loss).
+# --- The steps: functions of (params, state, x, y) that return (params, state, loss).
 
 
 class Step(NamedTuple):
@@ -177,9 +184,10 @@ def make_steps(loss_fn: Callable[..., Any]) -> dict[str, Step]:
         return *descend(params, state, g), loss
 
     def gradients_alone(params, state, x, y):
-        point, *_ = state  # the last gradients, whose place the next ones take
+        # The rest of the state is the last gradients. The new ones take their memory.
+        point, *_ = state
         loss, g = jax.value_and_grad(loss_fn)(params, x, y)
-        # The second waits for all of the first, as it does in a step.
+        # The second gradient must wait for all of the first, as it does in a SAM step.
         seen = sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(g))
         x = jnp.where(jnp.isnan(seen), 0, x)
         return params, (point, g, jax.grad(loss_fn)(point, x, y)), loss
@@ -360,8 +368,8 @@ def _method_steps(loss_fn: Callable[..., Any], base: Any) -> dict[str, Step]:
     door1 = functools.partial(_through_door1, loss_fn, base)
     look_sam = sam_optax.look_sam(RHO, k=5, alpha=LOOK_SAM_ALPHA)
     rst = sam_optax.rst(RHO, probability=0.5)
-    unguarded = sam_optax.sharpness_aware(sam_optax.fsam_ascent(RHO), guard=False)
-    quarter = {"data": sam_optax.sub_batch(0.25), "batch_argnums": (1, 2)}
+    unguarded = sam_optax.sharpness_aware(sam_optax.ascents.fsam(RHO), guard=False)
+    quarter = {"data": sam_optax.data.sub_batch(0.25), "batch_argnums": (1, 2)}
     return {
         "asam": door1(sam_optax.asam(RHO)),
         "fsam": door1(sam_optax.fsam(RHO)),
@@ -394,7 +402,7 @@ class Case(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What one step costs; times, one per round."""
+    """What one step costs; `time` holds the seconds of each round."""
 
     time: list[float]
     flops: float
@@ -463,13 +471,14 @@ def _compile(
     compiles: int,
     advance: Callable[[], None],
 ) -> dict[str, Program]:
-    """Each step compiled several times, in turn; the fastest time counts."""
-    # Traced once before: the first to be traced pays for functions that all call.
+    """Compiles each step several times, in turn; the fastest compilation counts."""
+    # Every step is traced once beforehand. Otherwise the first one would also pay for
+    # tracing the functions that all of them call.
     for run, init in steps.values():
         jax.eval_shape(run, params, init(params), *batch)
     programs: dict[str, Program] = {}
     for _, (name, (run, init)) in itertools.product(range(compiles), steps.items()):
-        # Copied, because a state may begin with the parameters themselves.
+        # A copy, because a state may contain the parameters, which are donated as well.
         state = jax.tree.map(jnp.copy, init(params))
         program = compile_program(run, params, state, *batch, donate=(0, 1))
         before = programs.get(name, program).compile_seconds
@@ -488,7 +497,7 @@ def _time(
     rounds: int,
     advance: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Seconds of each round. One copy of the parameters goes through all steps."""
+    """The seconds of each step in each round. All steps train the same parameters."""
     states = {name: program.arguments[1] for name, program in programs.items()}
 
     def call(name):
@@ -499,11 +508,13 @@ def _time(
     calls = {name: functools.partial(call, name) for name in programs} | others
     times = time_in_turn(calls, rounds, advance)
     if not jnp.isfinite(optax.tree.norm(params)):
-        raise FloatingPointError("Training diverged: these times mean nothing.")
+        raise FloatingPointError("Training diverged, so the times mean nothing.")
     return times
 
 
 def _mean(costs: dict[str, Costs], weights: dict[str, float]) -> Costs:
+    """The weighted mean of costs; but the largest memory, and all compile times."""
+
     def mean(values):
         return sum(w * v for w, v in zip(weights.values(), values, strict=True))
 
@@ -519,7 +530,7 @@ def _mean(costs: dict[str, Costs], weights: dict[str, float]) -> Costs:
 
 
 class Comparison(NamedTuple):
-    """The costs of one step over those of another."""
+    """The costs of one step divided by those of another."""
 
     name: str
     over: str
@@ -557,7 +568,7 @@ class Result(NamedTuple):
     comparisons: list[Comparison]
 
     def overheads(self) -> dict[str, "Overhead"]:
-        """What steps do beside their two gradients."""
+        """What the steps take besides their two gradients."""
         alone, by_hand = self.costs[ALONE], self.costs["by hand"]
         size = 4 * self.parameters
         return {
@@ -572,15 +583,21 @@ class Result(NamedTuple):
 
 
 class Overhead(NamedTuple):
-    """Of one step: passes over the (float32) parameters as compiled, where those of SAM
-    by hand are the fewest; the share of its time; and that of the fewest passes."""
+    """What one step takes besides its two gradients.
+
+    Attributes:
+      passes: passes over the (float32) parameters in the compiled step. Only their
+        difference from SAM by hand is counted; that is taken to need the fewest.
+      share: the measured share of the step's time.
+      least: the share that the fewest possible passes would take.
+    """
 
     passes: float
     share: Spread
     least: float
 
 
-# --- What is shown of it.
+# --- Tables, targets, the plot and the JSON.
 
 
 def comparison_table(result: Result) -> Table:
@@ -601,7 +618,7 @@ def comparison_table(result: Result) -> Table:
 
 def overhead_table(overheads: dict[str, Overhead], bandwidth: float) -> Table:
     table = Table(
-        title=f"beside the two gradients; passes at {bandwidth / 1e9:.1f} GB/s"
+        title=f"besides the two gradients; passes at {bandwidth / 1e9:.1f} GB/s"
     )
     columns = ("fewest passes", "as compiled", "take of a step", "measured")
     table.add_column("step")
@@ -614,7 +631,7 @@ def overhead_table(overheads: dict[str, Overhead], bandwidth: float) -> Table:
 
 
 def judge(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Each target at each case it is meant for."""
+    """Checks each target in each case that it is meant for."""
     verdicts = []
     for target, result in itertools.product(TARGETS, results):
         for row in result.comparisons:
@@ -653,8 +670,8 @@ def target_table(verdicts: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Sequence[Result], path: pathlib.Path) -> None:
-    """Each ratio of times with its spread, and its target where there is one."""
-    # Not every model has every row.
+    """Draws each ratio of times with its spread, and its target if it has one."""
+    # A model may lack some rows, so they are collected from all models.
     rows = [(row.name, row.over) for result in results for row in result.comparisons]
     heights = {row: y for y, row in enumerate(dict.fromkeys(rows))}
     at_most = {
@@ -677,11 +694,11 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
             if target is not None:
                 panel.plot(target, y, marker="|", markersize=14, color="C3")
         panel.axvline(1, color="gray", linewidth=0.5)
-        panel.set_xlabel("time over time")
+        panel.set_xlabel("ratio of times")
         panel.set_title(" ".join(map(str, result.case)))
     panels[0].set_yticks(range(len(heights)), map(" / ".join, heights))
     panels[0].invert_yaxis()
-    figure.suptitle("median ratio of one round, the range of half of them; red: target")
+    figure.suptitle("median ratio; the bar holds half of the rounds; red: target")
     figure.savefig(path)
 
 
@@ -747,13 +764,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=sorted({name for name, _ in COMPARISONS}),
         metavar="STEP",
-        help="compare these alone (default: all)",
+        help="compare only these (default: all)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the computation; parameters are float32 (default: %(default)s)",
+        help="dtype to compute in; parameters are float32 (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds", type=int, default=100, help="(default: %(default)s)"
@@ -762,12 +779,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compiles",
         type=int,
         default=3,
-        help="of which the fastest counts (default: %(default)s)",
+        help="the fastest one counts (default: %(default)s)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small models, few rounds: under two minutes, and coarse",
+        help="small models and few rounds: coarse, but under two minutes",
     )
     parser.add_argument(
         "--torch",
@@ -807,7 +824,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.models:
             model = MODELS[name]
             compared = pairs
-            if args.quick and name != "mlp":  # methods by hand are for their passes
+            # Methods by hand serve to compare passes, for which one model is enough.
+            if args.quick and name != "mlp":
                 compared = [pair for pair in pairs if not pair[1].endswith(" by hand")]
             own = model.width // 2 if args.quick else model.width
             widths, batches = args.width or [own], args.batch or [model.batch]

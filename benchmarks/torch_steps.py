@@ -1,7 +1,6 @@
-"""The models of the benchmark in PyTorch, and the two steps of a SAM optimizer there.
+"""Two models of the benchmark in PyTorch, with a step of plain SGD and one of SAM.
 
-Functions of a list of parameters, in the order of `jax.tree.leaves`, so that both
-frameworks start from the same numbers.
+The parameters are copied from JAX, so both frameworks start from the same numbers.
 """
 
 import functools
@@ -20,7 +19,7 @@ def make_calls(
     rho: float,
     learning_rate: float,
 ) -> dict[str, Callable[[], float]]:
-    """Names of steps -> calls that take one and return the loss.
+    """Functions by the name of a step; each call takes one step and returns the loss.
 
     Raises:
       SystemExit: if PyTorch is not installed.
@@ -88,7 +87,7 @@ def _residual(params: Any, x: Any) -> Any:
 
     def convolve(layer, x, stride=1):
         size = len(layer["w"])
-        if stride > 1 and size > 1:  # what "SAME" means for even sizes
+        if stride > 1 and size > 1:  # JAX's "SAME", for images of even size
             x = F.pad(x, (0, 1, 0, 1))
         padding = 0 if stride > 1 else size // 2
         x = F.conv2d(x, layer["w"].permute(3, 2, 0, 1), None, stride, padding)

@@ -16,10 +16,10 @@ import sys
 from typing import Any, NamedTuple
 
 import digits  # beside this file
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from flax.training.train_state import TrainState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -32,8 +32,16 @@ import matplotlib.pyplot as plt
 
 from sam_optax import plot
 
-METHODS = ["sgd", "sam", "asam", "fsam", "gsam", "stable_sam"]
-RHO = 0.05  # of the measures; each method trains with the rho of digits.py
+# Each method trains with the radius that benchmarks/digits.py has for it.
+TRAINED_WITH = {
+    "sgd": None,
+    "sam": 0.5,
+    "asam": 4.0,
+    "fsam": 0.6,
+    "gsam": 0.3,
+    "stable_sam": 0.5,
+}
+RHO = 0.05  # of the measures
 SLICE, PLANE = 81, 25  # points along a line, and along each side of a plane
 QUICK = {"seeds": 1, "epochs": 20}
 
@@ -48,27 +56,16 @@ class Solution(NamedTuple):
     top: sharpness.Line  # along the top eigenvector
 
 
-def train(method: str, seed: int, data: digits.Data, args: argparse.Namespace) -> Any:
-    trainer = digits.make_trainer(method, args.rho[method], args)
-    key = jax.random.key(seed)
-    state = trainer.create_state(key)
-    for _ in range(args.epochs):
-        state = trainer.train_epoch(state, key, data.train_x, data.train_y)
-    return state.params, float(trainer.accuracy(state, data.test_x, data.test_y))
+def train(
+    method: str, seed: int, loss_fn, data, args: argparse.Namespace
+) -> TrainState:
+    rho = TRAINED_WITH[method]
+    prepared = digits.make_method(method, rho, args.epochs, loss_fn)
+    model = digits.MLP(tuple(args.hidden))
+    return digits.make_trainer(model, *prepared, args.epochs, 64)(seed, data)
 
 
-def make_loss(args: argparse.Namespace):
-    """One function for all solutions, so that each measure is compiled once."""
-    model = digits.MLP(args.hidden)
-
-    def loss_fn(params, x, y):
-        return digits.cross_entropy(model.apply({"params": params}, x), y).mean()
-
-    return loss_fn
-
-
-def measure(loss_fn, params: Any, data: digits.Data, accuracy: float) -> Solution:
-    examples = (data.train_x, data.train_y)
+def measure(loss_fn, params: Any, examples, accuracy: float) -> Solution:
     H = sharpness.hessian(loss_fn, params, examples)
     gap = sharpness.surrogate_gap(loss_fn, params, examples, rho=RHO)
     worst = sharpness.worst_case(loss_fn, params, examples, rho=RHO)
@@ -114,11 +111,13 @@ def compare(
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=args.seeds * len(args.methods))
         for seed in range(args.seeds):
-            data = digits.make_data(seed, args.noise, args.train_size)
+            data, test_data = digits.make_data(seed, args.noise)
             for method in args.methods:
                 bar.update(task, description=f"{method}, seed {seed}")
-                params, accuracy = train(method, seed, data, args)
-                solutions[method].append(measure(loss_fn, params, data, accuracy))
+                state = train(method, seed, loss_fn, data, args)
+                accuracy = digits.accuracy(state, *test_data)
+                solution = measure(loss_fn, state.params, data, accuracy)
+                solutions[method].append(solution)
                 bar.advance(task)
                 if not console.is_terminal:  # there is no bar to watch
                     console.print(f"{method}, seed {seed}: {accuracy:.1f} %")
@@ -172,7 +171,7 @@ def draw_sharpness(firsts: dict[str, Solution], path: pathlib.Path) -> None:
 
 
 def draw_surfaces(
-    loss_fn, firsts: dict[str, Solution], data: digits.Data, path: pathlib.Path
+    loss_fn, firsts: dict[str, Solution], examples, path: pathlib.Path
 ) -> None:
     surfaces = {}
     for name, solution in firsts.items():
@@ -184,7 +183,7 @@ def draw_surfaces(
         surfaces[name] = sharpness.over_plane(
             loss_fn,
             solution.params,
-            (data.train_x, data.train_y),
+            examples,
             directions,
             distances,
             distances,
@@ -200,18 +199,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Trains the digits network with several methods, and measures how "
         "flat the minima are that they find.",
     )
-    # What digits.py trains with; its options are explained there.
-    args = digits.parse_arguments(["--methods", *METHODS, "--output", "."])
-    parser.set_defaults(**vars(args))
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(args.rho), default=METHODS, metavar="NAME"
-    )
-    parser.add_argument("--seeds", type=digits.count, default=3)
-    parser.add_argument("--epochs", type=digits.count, default=60)
-    parser.add_argument(
-        "--noise", type=digits.percentage, default=0, help="%% of wrong training labels"
-    )
-    parser.add_argument("--hidden", type=digits.count, nargs="+", default=[256, 256])
+    methods = list(TRAINED_WITH)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--noise", type=float, default=0, help="%% of wrong labels")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256])
     parser.add_argument("--output", type=pathlib.Path, default="results")
     parser.add_argument("--quick", action="store_true", help="one seed, 20 epochs")
     if parser.parse_args(argv).quick:
@@ -225,10 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=130)  # a file has room for the table
-    loss_fn = make_loss(args)
+    # One function for all solutions, so that each measure is compiled once.
+    loss_fn = digits.make_loss(digits.MLP(tuple(args.hidden)))
     solutions = compare(loss_fn, args, console)
     firsts = {method: several[0] for method, several in solutions.items()}
-    data = digits.make_data(0, args.noise, args.train_size)
+    data, _ = digits.make_data(0, args.noise)
     draw_sharpness(firsts, args.output / "sharpness.png")
     draw_surfaces(loss_fn, firsts, data, args.output / "surfaces.png")
     numbers = {

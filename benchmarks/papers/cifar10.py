@@ -18,10 +18,10 @@ epoch. Sharpness is measured on training images without augmentation, with runni
 statistics and in float32: the largest eigenvalue and the trace of the Hessian, and the
 surrogate gap for ρ = 0.1.
 
-On a GPU an epoch is one program. The JSON is written after every epoch. `--budget` ends
-a command between epochs, before a training that would not fit, and `--resume` goes on,
-so that several commands make one table, of one number of epochs. For a data-centre GPU
-in parts of ten minutes, in the order of importance:
+On a GPU an epoch is one program. `--budget` ends a command between epochs, before a
+training that would not fit, and `--resume` goes on after those that are finished, so
+that several commands make one table, of one number of epochs. For a data-centre GPU in
+parts of ten minutes, in the order of importance:
 
     C="python benchmarks/papers/cifar10.py --data DIRECTORY --dtype bfloat16"
     C="$C --sharpness 500 --budget 480"
@@ -38,60 +38,32 @@ once.
 
 import argparse
 import functools
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.tree_util import Partial
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
-from evidence import (
-    Parser,
-    carry_out,
-    compare_pairs,
-    describe,
-    make_table,
-    option,
-    positive_integer,
-    progress,
-    report_path,
-    save_report,
-)
+from harness import Experiment, Runs, argument, cases, integer
 from loaders import DataError, Dataset, load_cifar10
 from resnet import CLASSES, ResNet
 from sam_optax import sharpness
 from training import PLAIN, decayed_sgd, make_step
 
-NAME = "cifar10"
 RATE = 0.05
 RHO = 0.1  # of SAM, and of the surrogate gap
-
-
-class Method(NamedTuple):
-    """A method of `training.make_step`, and its hyperparameters."""
-
-    name: str
-    hyper: dict[str, Any]
-    weight_decay: float = 1e-3
-
-
+# Method of `training.make_step`, its hyperparameters, and the weight decay.
 METHODS = {
-    "SGD": Method(PLAIN, {}, weight_decay=5e-4),
-    "SAM": Method("sam", {"rho": RHO}),
-    "F-SAM": Method("fsam", {"rho": RHO, "sigma": 1.0, "decay": 0.6}),
-    "ASAM": Method("asam", {"rho": 2.0, "eta": 0.01}),
-    "GSAM": Method("gsam", {"rho": RHO, "alpha": 0.1}),
-    "StableSAM": Method("stable_sam", {"rho": RHO}),
-    "LookSAM": Method("look_sam", {"rho": RHO, "k": 5, "alpha": 0.7}),
+    "SGD": (PLAIN, {}, 5e-4),
+    "SAM": ("sam", {"rho": RHO}, 1e-3),
+    "F-SAM": ("fsam", {"rho": RHO, "sigma": 1.0, "decay": 0.6}, 1e-3),
+    "ASAM": ("asam", {"rho": 2.0, "eta": 0.01}, 1e-3),
+    "GSAM": ("gsam", {"rho": RHO, "alpha": 0.1}, 1e-3),
+    "StableSAM": ("stable_sam", {"rho": RHO}, 1e-3),
+    "LookSAM": ("look_sam", {"rho": RHO, "k": 5, "alpha": 0.7}, 1e-3),
 }
 NOISY = ["SGD", "SAM", "F-SAM"]  # unless others are asked for
 PUBLISHED = {
@@ -106,12 +78,8 @@ TRACE_SAMPLES = 10
 CURVES = ["loss", "gradients", "seconds", "test_percent"]  # of each epoch
 MEASURES = ["eigenvalue", "eigenvalue_residual", "trace", "trace_standard_error"]
 MEASURES += ["gap", "train_loss_in_evaluation"]
-# Settings that all runs of a JSON share.
-SAME = ["epochs", "batch", "train", "test", "sharpness", "width", "blocks", "dtype"]
+PROGRAMS = ["epoch", "step"] if jax.default_backend() != "cpu" else ["step", "epoch"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-# --- Data -----------------------------------------------------------------------------
 
 
 def take(data: Dataset, train: int, test: int) -> Dataset:
@@ -119,10 +87,8 @@ def take(data: Dataset, train: int, test: int) -> Dataset:
     rng = np.random.default_rng(0)
     part = rng.permutation(len(data.train_y))[:train]
     test_part = rng.permutation(len(data.test_y))[:test]
-    return Dataset(
-        *(data.train_x[part], data.train_y[part]),
-        *(data.test_x[test_part], data.test_y[test_part]),
-    )
+    train_data = (data.train_x[part], data.train_y[part])
+    return Dataset(*train_data, data.test_x[test_part], data.test_y[test_part])
 
 
 def add_noise(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
@@ -165,86 +131,71 @@ class State(NamedTuple):
     opt_state: Any
 
 
-class Trainer(NamedTuple):
+class Trainer:
     """How a method trains; compiled once, for all seeds and labels.
+
+    The program is a step, or an epoch that scans over it.
 
     Attributes:
       init: key -> State.
-      epoch: (State, key, x, y) -> State, mean loss, gradients per step.
-      compile_seconds: what it took.
-      program_bytes: memory of the program, with its arguments.
+      cost: seconds to compile, and bytes of memory of the program and its arguments.
     """
 
-    init: Callable[[jax.Array], State]
-    epoch: Callable[..., tuple[State, jax.Array, jax.Array]]
-    compile_seconds: float
-    program_bytes: int
+    def __init__(self, model, method, batch: int, epochs: int, x, y, program: str):
+        self._batch, self._steps = batch, len(x) // batch
+        name, hyper, weight_decay = method
+        base = decayed_sgd(epochs * self._steps, weight_decay)(RATE)
+        self.init, step = make_augmented_step(model, name, base, hyper)
 
+        def scan(state, key, x, y):
+            return jax.lax.scan(
+                lambda s, i: step(s, *i, x, y), state, self._draw(key, x)
+            )
 
-def make_trainer(
-    model: ResNet,
-    method: Method,
-    batch: int,
-    epochs: int,
-    x: jax.Array,
-    y: jax.Array,
-    program: str,
-) -> Trainer:
-    """Compiles a step (`program` "step"), or an epoch that scans over it ("epoch")."""
-    steps = len(x) // batch
-    base = decayed_sgd(epochs * steps, method.weight_decay)(RATE)
-    init, step = make_augmented_step(model, method, base)
+        key = jax.random.key(0)
+        self._is_epoch = program == "epoch"
+        inputs = (key,) if self._is_epoch else (jnp.arange(batch), key)
+        function = jax.jit(scan if self._is_epoch else step, donate_argnums=0)
+        state = jax.eval_shape(self.init, key)
+        start = time.perf_counter()
+        self._compiled = function.lower(state, *inputs, x, y).compile()
+        seconds, memory = time.perf_counter() - start, self._compiled.memory_analysis()
+        size = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        size += memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.cost = {"compile_seconds": seconds, "program_bytes": size}
 
-    def draw(key):
+    def _draw(self, key, x):
         """The batches of an epoch, and a key for each."""
         order_key, key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(x))[: steps * batch]
-        return order.reshape(steps, batch), jax.random.split(key, steps)
+        order = jax.random.permutation(order_key, len(x))[: self._steps * self._batch]
+        keys = jax.random.split(key, self._steps)
+        return order.reshape(self._steps, self._batch), keys
 
-    def scan(state, key, x, y):
-        return jax.lax.scan(lambda s, i: step(s, *i, x, y), state, draw(key))
-
-    def loop(state, key, x, y):
-        seen = []
-        for index, step_key in zip(*draw(key), strict=True):
-            state, values = compiled(state, index, step_key, x, y)
-            seen.append(values)
-        return state, jax.tree.map(lambda *values: jnp.stack(values), *seen)
-
-    key = jax.random.key(0)
-    inputs = (key,) if program == "epoch" else (jnp.arange(batch), key)
-    function = scan if program == "epoch" else step
-    state = jax.eval_shape(init, key)
-    start = time.perf_counter()
-    compiled = jax.jit(function, donate_argnums=0).lower(state, *inputs, x, y).compile()
-    seconds = time.perf_counter() - start
-    run = compiled if program == "epoch" else loop
-
-    def epoch(state, key, x, y):
-        state, (losses, gradients) = run(state, key, x, y)
-        return state, losses.mean(), gradients.mean()
-
-    return Trainer(init, epoch, seconds, memory_of(compiled))
+    def epoch(self, state: State, key: jax.Array, x, y):
+        """The next state, the mean loss, and the gradients per step."""
+        if self._is_epoch:
+            state, seen = self._compiled(state, key, x, y)
+        else:
+            steps = []
+            for index, step_key in zip(*self._draw(key, x), strict=True):
+                state, values = self._compiled(state, index, step_key, x, y)
+                steps.append(values)
+            seen = jax.tree.map(lambda *values: jnp.stack(values), *steps)
+        return state, *(values.mean() for values in seen)
 
 
-def make_augmented_step(
-    model: ResNet, method: Method, base: optax.GradientTransformation
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def make_augmented_step(model: ResNet, method: str, base, hyper: dict[str, Any]):
     """init: key -> State; step: State, index, key, x, y -> State, (loss, gradients)."""
 
     def loss_fn(params, batch_stats, images, labels):
+        variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
+            variables, images, train=True, mutable=["batch_stats"]
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), updated["batch_stats"]
 
-    init_optimizer, update = make_step(
-        loss_fn, method.name, base, has_aux=True, **method.hyper
-    )
+    init_optimizer, update = make_step(loss_fn, method, base, hyper, has_aux=True)
 
     def init(key):
         variables = init_variables(model, key)
@@ -262,35 +213,27 @@ def make_augmented_step(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_variables(model: nn.Module, key: jax.Array) -> Any:
+def init_variables(model: ResNet, key: jax.Array) -> Any:
     return model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)
-
-
-def memory_of(compiled) -> int:
-    memory = compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 
 
 # --- Measurements ---------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def count_right(model: nn.Module, params, batch_stats, images, labels) -> jax.Array:
+def count_right(model: ResNet, params, batch_stats, images, labels) -> jax.Array:
     variables = {"params": params, "batch_stats": batch_stats}
     logits: Any = model.apply(variables, normalize(images), train=False)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
 def accuracy_percent(model, state: State, x, y, at_once=EVALUATED_AT_ONCE) -> float:
-    counts = [
-        count_right(model, *state[:2], x[i : i + at_once], y[i : i + at_once])
-        for i in range(0, len(x), at_once)
-    ]
+    parts = [slice(i, i + at_once) for i in range(0, len(x), at_once)]
+    counts = [count_right(model, *state[:2], x[part], y[part]) for part in parts]
     return 100 * sum(map(int, counts)) / len(x)
 
 
-def make_evaluation_loss(model: nn.Module) -> Callable[..., jax.Array]:
+def make_evaluation_loss(model: ResNet):
     def loss_fn(batch_stats, params, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}
         logits: Any = model.apply(variables, normalize(images), train=False)
@@ -300,9 +243,7 @@ def make_evaluation_loss(model: nn.Module) -> Callable[..., jax.Array]:
     return loss_fn
 
 
-def measure_sharpness(
-    loss_fn: Callable[..., jax.Array], state: State, x, y
-) -> dict[str, float]:
+def measure_sharpness(loss_fn, state: State, x, y) -> dict[str, float]:
     """Of the loss that `make_evaluation_loss` makes; NaN where training diverged."""
     if not jnp.isfinite(optax.tree.norm((state.params, state.batch_stats))):
         return dict.fromkeys(MEASURES, float("nan"))
@@ -317,389 +258,155 @@ def measure_sharpness(
     return dict(zip(MEASURES, map(float, measures), strict=True))
 
 
-# --- Runs -----------------------------------------------------------------------------
+# --- The experiment -------------------------------------------------------------------
 
 
-class Budget:
-    """Whether a training fits into the time of a command.
-
-    Attributes:
-      epoch_seconds: by method, of the last epoch.
-      end_seconds: what the measures at the end of the last training took.
-    """
-
-    def __init__(self, seconds: int | None):
-        self._start = time.perf_counter()
-        self._seconds = float("inf") if seconds is None else seconds
-        self.epoch_seconds: dict[str, float] = {}
-        self.end_seconds = 0.0
-
-    def spent(self) -> float:
-        return time.perf_counter() - self._start
-
-    def allows(self, name: str, epochs: int) -> bool:
-        """As far as it is known yet; of what is not, the beginning is allowed."""
-        expected = epochs * self.epoch_seconds.get(name, 0.0) + self.end_seconds
-        return self.spent() + expected < self._seconds
+def percentage(text: str) -> int:
+    if (value := integer(text, 0)) > 100:
+        raise argparse.ArgumentTypeError(f"must be at most 100, got {text!r}")
+    return value
 
 
-class Lab:
-    """The data on the device, the network, and what is compiled."""
+def several(kind, default: list, quick: list, text: str) -> dict[str, Any]:
+    text = f"{text} (default: {default})"
+    options = {"nargs": "+", "type": kind, "default": default, "metavar": "N"}
+    return options | {"quick": quick, "help": text}
 
-    def __init__(self, args, data: Dataset):
-        self._args, self._labels = args, data.train_y
-        self._train_x, self._test_x, self._test_y = (
-            jax.device_put(array) for array in (data.train_x, *data[2:])
-        )
-        self._model = ResNet(tuple(args.blocks), args.width, DTYPES[args.dtype])
+
+def one_of(choices: list, text: str) -> dict[str, Any]:
+    default = f"{text} (default: {choices[0]})"
+    return {"choices": choices, "default": choices[0], "help": default}
+
+
+class Cifar10(Experiment):
+    name, doc = "cifar10", __doc__
+    same = ("epochs", "batch", "train", "test", "sharpness", "width", "blocks", "dtype")
+    options: ClassVar = {
+        "data": (None, None, "directory with CIFAR-10, required"),
+        # Without it, all for right labels and NOISY for the others.
+        "methods": argument(list(METHODS), ["SGD", "SAM"], "which") | {"default": None},
+        "noise": several(percentage, [0, 60, 80], [60], "labels that are replaced"),
+        "seeds": (3, 1, "trainings of each method"),
+        "epochs": (200, 2, "passes over the training images"),
+        "batch": (128, 16, "images in a step"),
+        "train": (50000, 64, "training images, a random part of them"),
+        "test": (10000, 64, "test images, a random part of them"),
+        "sharpness": (1000, 4, "training images that sharpness is measured on"),
+        "width": (64, 2, "channels of the first stage"),
+        "blocks": several(integer, [2, 2, 2, 2], [1], "residual blocks in each stage"),
+        "dtype": one_of(list(DTYPES), "of the computation; parameters are float32"),
+        # On a CPU, XLA's convolutions are slow inside of a loop.
+        "program": one_of(PROGRAMS, "what is compiled as one"),
+    }
+
+    def prepare(self):
+        args = self.args
+        data = take(load_cifar10(args.data), args.train, args.test)
+        if args.batch > len(data.train_y):
+            found = f"there are {len(data.train_y)} training images"
+            raise DataError(f"argument --batch: {found}")
+        self.labels = data.train_y
+        self.train_x, *self.test_data = map(jax.device_put, (data.train_x, *data[2:]))
+        self.model = ResNet(tuple(args.blocks), args.width, DTYPES[args.dtype])
         # One function for all measurements, so that they are compiled once.
-        self._loss_fn = make_evaluation_loss(self._model.clone(dtype=jnp.float32))
-        self._trainers: dict[str, Trainer] = {}
+        self.loss_fn = make_evaluation_loss(self.model.clone(dtype=jnp.float32))
+        self.epoch_seconds, self.end_seconds = {}, 0.0
 
-    def labels(self, noise: float, seed: int) -> jax.Array:
-        return jax.device_put(add_noise(self._labels, noise, seed))
+    def plan(self):
+        """The seeds are outermost, so that the first have every method."""
+        noises = dict.fromkeys(self.args.noise)
+        for case in cases(seed=range(self.args.seeds), noise_percent=noises):
+            usual = NOISY if case["noise_percent"] else METHODS
+            for name in dict.fromkeys(self.args.methods or usual):
+                yield case | {"method": name}
 
-    def start(self, name: str, seed: int) -> State:
-        return self._trainer(name).init(jax.random.key(seed))
+    @functools.cache  # noqa: B019
+    def trainer(self, method: str) -> Trainer:
+        args, labels = self.args, jax.device_put(self.labels)
+        settings = (args.batch, args.epochs, self.train_x, labels, args.program)
+        return Trainer(self.model, METHODS[method], *settings)
 
-    def train_epoch(
-        self, name: str, state: State, seed: int, epoch: int, labels: jax.Array
-    ) -> tuple[State, dict[str, float]]:
-        """The network after it, and its measures, one for each of `CURVES`."""
-        key = jax.random.fold_in(jax.random.key(seed), epoch)
-        start = time.perf_counter()
-        state, loss, gradients = self._trainer(name).epoch(
-            state, key, self._train_x, labels
-        )
-        values = {"loss": float(loss), "gradients": float(gradients)}
-        values["seconds"] = time.perf_counter() - start
-        values["test_percent"] = accuracy_percent(
-            self._model, state, self._test_x, self._test_y
-        )
-        return state, values
-
-    def measure(self, state: State, labels: jax.Array) -> dict[str, float]:
-        part = slice(self._args.sharpness)
-        return measure_sharpness(
-            self._loss_fn, state, self._train_x[part], labels[part]
-        )
-
-    def summarize(self, name: str, curves: dict[str, list[float]]) -> dict[str, Any]:
-        trainer, method = self._trainers[name], METHODS[name]
-        images = len(self._train_x) // self._args.batch * self._args.batch
+    def measure(self, noise_percent, method, seed):
+        args, trainer = self.args, self.trainer(method)
+        labels = jax.device_put(add_noise(self.labels, noise_percent, seed))
+        key, points = jax.random.key(seed), []
+        state = trainer.init(key)
+        for epoch in range(args.epochs):
+            expected = self.epoch_seconds.get(method, 0.0) * (args.epochs - epoch)
+            self.claim(expected + self.end_seconds)
+            start = time.perf_counter()
+            epoch_key = jax.random.fold_in(key, epoch)
+            state, *means = trainer.epoch(state, epoch_key, self.train_x, labels)
+            point = [*map(float, means), time.perf_counter() - start]
+            points.append(
+                [*point, accuracy_percent(self.model, state, *self.test_data)]
+            )
+            if epoch:  # the first may have to compile small functions
+                self.epoch_seconds[method] = time.perf_counter() - start
+        start, part = time.perf_counter(), slice(args.sharpness)
+        x, y = self.train_x[part], labels[part]
+        measured = measure_sharpness(self.loss_fn, state, x, y)
+        self.end_seconds = time.perf_counter() - start
+        curves = dict(zip(CURVES, map(list, zip(*points, strict=True)), strict=True))
         seconds = float(np.median(curves["seconds"][1:] or curves["seconds"]))
+        images = len(self.train_x) // args.batch * args.batch
+        memory = jax.devices()[0].memory_stats() or {}  # not every backend counts
         return {
-            **{"hyperparameters": method.hyper, "weight_decay": method.weight_decay},
+            **measured,
+            **trainer.cost,
+            "hyperparameters": METHODS[method][1],
+            "weight_decay": METHODS[method][2],
             "test_percent": curves["test_percent"][-1],
             "train_loss": curves["loss"][-1],
             "gradients": float(np.mean(curves["gradients"])),
             "seconds_per_epoch": seconds,
             "images_per_second": images / seconds,
-            "compile_seconds": trainer.compile_seconds,
-            "program_bytes": trainer.program_bytes,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": memory.get("peak_bytes_in_use"),
             "device": jax.devices()[0].device_kind,
+            "curves": curves,
         }
 
-    def _trainer(self, name: str) -> Trainer:
-        if name not in self._trainers:
-            method, args = METHODS[name], self._args
-            self._trainers[name] = make_trainer(
-                *(self._model, method, args.batch, args.epochs),
-                *(self._train_x, self.labels(0, 0), args.program),
-            )
-        return self._trainers[name]
+    def groups(self, **case):
+        """Name -> its runs, of the methods that have some."""
+        groups = {name: self.runs.of(method=name, **case) for name in METHODS}
+        return {name: group for name, group in groups.items() if group}
+
+    def report(self):
+        for noise in sorted(self.runs.values("noise_percent")):
+            groups = self.groups(noise_percent=noise)
+            published = PUBLISHED.get(noise, {})
+            columns = {"seeds": lambda group: str(len(group))}
+            columns |= {"test (%)": ("test_percent", 2)}
+            columns |= {"less SGD's": ("test_percent", 2, "SGD")}
+            columns |= {
+                "published": lambda g, p=published: str(p.get(g[0]["method"], ""))
+            }
+            columns |= {"train loss": ("train_loss", 3)}
+            columns |= {"largest eigenvalue": ("eigenvalue", 2)}
+            columns |= {"trace": ("trace", 0), "gap": ("gap", 4)}
+            self.summary(f"{noise} % noise", groups, columns)
+            curves = {name: Runs(g.column("curves")) for name, g in groups.items()}
+            self.draw(f"{noise} % noise", curves, "test_percent")
+
+        groups = self.groups()
+        columns = {"seconds per epoch": ("seconds_per_epoch", 2)}
+        columns |= {"of SGD's": lambda group: ratio(group, groups.get("SGD"))}
+        columns |= {"images per second": ("images_per_second", 0)}
+        columns |= {
+            "gradients per step": lambda g: f"{np.mean(g.column('gradients')):.2f}"
+        }
+        columns |= {
+            "to compile (s)": lambda g: f"{max(g.column('compile_seconds')):.1f}"
+        }
+        largest = lambda g: f"{max(g.column('program_bytes')) / 1e6:.0f}"  # noqa: E731
+        self.summary("cost", groups, columns | {"memory of the program (MB)": largest})
 
 
-def plan(args) -> list[dict[str, Any]]:
-    """The trainings, with the seeds outermost, so that the first have every method."""
-    return [
-        {"noise_percent": noise, "method": name, "seed": seed}
-        for seed in range(args.seeds)
-        for noise in dict.fromkeys(args.noise)
-        for name in dict.fromkeys(args.methods or (NOISY if noise else METHODS))
-    ]
-
-
-def run_all(
-    args, console: Console, data: Dataset, runs: list[dict[str, Any]], budget: Budget
-) -> list[dict[str, Any]]:
-    """Adds to `runs` what it lacks of the plan, and saves it after every epoch."""
-    lab = Lab(args, data)
-    todo = [run for run in plan(args) if not choose(runs, **run)]
-    with progress(console, len(todo) * args.epochs) as advance:
-
-        def record(run, values):
-            for key, curve in run["curves"].items():
-                curve.append(values[key])
-            save_report(NAME, args, runs, budget.spent())
-            epoch, accuracy = len(run["curves"]["seconds"]), values["test_percent"]
-            advance(f"{describe_run(run)}, epoch {epoch}: {accuracy:.2f} %")
-
-        for run in todo:
-            if not budget.allows(run["method"], args.epochs):
-                break
-            runs.append(run)
-            run |= {"finished": False, "curves": {key: [] for key in CURVES}}
-            if not complete(run, lab, args, budget, record):
-                break
-            save_report(NAME, args, runs, budget.spent())
-    missing = [run for run in todo if not run.get("finished")]
-    if missing:
-        console.print(
-            f"The budget is spent before {describe_run(missing[0])}; {len(missing)} "
-            "trainings are missing, which --resume makes."
-        )
-    return runs
-
-
-def complete(run: dict[str, Any], lab: Lab, args, budget: Budget, record) -> bool:
-    """Trains, and measures at the end; False if it was stopped before."""
-    name, seed = run["method"], run["seed"]
-    labels, state = lab.labels(run["noise_percent"], seed), lab.start(name, seed)
-    for epoch in range(args.epochs):
-        if epoch and not budget.allows(name, args.epochs - epoch):
-            return False
-        before = budget.spent()
-        state, values = lab.train_epoch(name, state, seed, epoch, labels)
-        record(run, values)
-        if epoch:  # the first may have to compile small functions
-            budget.epoch_seconds[name] = budget.spent() - before
-    before = budget.spent()
-    run |= lab.measure(state, labels)
-    run |= lab.summarize(name, run["curves"]) | {"finished": True}
-    budget.end_seconds = budget.spent() - before
-    return True
-
-
-def describe_run(run: dict[str, Any]) -> str:
-    return f"{run['noise_percent']} % noise, {run['method']}, seed {run['seed']}"
-
-
-def peak_bytes() -> int | None:
-    """Of the device, since the command began; not every backend counts."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def choose(runs: list[dict[str, Any]], **wanted) -> list[dict[str, Any]]:
-    """The finished ones of these."""
-    return [
-        run
-        for run in runs
-        if run["finished"] and all(run[key] == value for key, value in wanted.items())
-    ]
-
-
-# --- Results --------------------------------------------------------------------------
-
-
-def column(runs: list[dict[str, Any]], key: str) -> list[float]:
-    return [run[key] for run in sorted(runs, key=lambda run: run["seed"])]
-
-
-def names_in(runs: list[dict[str, Any]]) -> list[str]:
-    return [name for name in METHODS if choose(runs, method=name)]
-
-
-def noises_in(runs: list[dict[str, Any]]) -> list[int]:
-    return sorted({run["noise_percent"] for run in choose(runs)})
-
-
-def print_results(runs: list[dict[str, Any]], args, console: Console) -> None:
-    for noise in noises_in(runs):
-        console.print(quality_table(choose(runs, noise_percent=noise), noise))
-    console.print(cost_table(choose(runs)))
-
-
-def quality_table(runs: list[dict[str, Any]], noise: int) -> Table:
-    table = make_table(
-        *(f"{noise} % noise", "seeds", "test (%)", "less SGD's", "published"),
-        *("train loss", "largest eigenvalue", "trace", "gap"),
-    )
-    for name in names_in(runs):
-        mine = choose(runs, method=name)
-        table.add_row(
-            *(name, str(len(mine))),
-            describe(column(mine, "test_percent"), 2),
-            "" if name == "SGD" else less_sgd(runs, mine),
-            f"{PUBLISHED.get(noise, {}).get(name, '')}",
-            describe(column(mine, "train_loss"), 3),
-            describe(column(mine, "eigenvalue"), 2),
-            describe(column(mine, "trace"), 0),
-            describe(column(mine, "gap"), 4),
-        )
-    return table
-
-
-def less_sgd(runs: list[dict[str, Any]], mine: list[dict[str, Any]]) -> str:
-    """The difference in accuracy on the seeds that both have."""
-    sgd = {run["seed"]: run for run in choose(runs, method="SGD")}
-    mine = [run for run in mine if run["seed"] in sgd]
-    if not mine:
-        return ""
-    others = [sgd[seed] for seed in column(mine, "seed")]
-    pairs = compare_pairs(column(mine, "test_percent"), column(others, "test_percent"))
-    return f"{pairs.mean:+.2f}" + f" ± {pairs.half_width:.2f}" * (pairs.seeds > 1)
-
-
-def cost_table(runs: list[dict[str, Any]]) -> Table:
-    table = make_table(
-        *("cost", "seconds per epoch", "of SGD's", "images per second"),
-        *("gradients per step", "seconds to compile", "memory of the program (MB)"),
-    )
-    sgd = column(choose(runs, method="SGD"), "seconds_per_epoch")
-    for name in names_in(runs):
-        mine = choose(runs, method=name)
-        seconds = column(mine, "seconds_per_epoch")
-        table.add_row(
-            *(name, describe(seconds, 2)),
-            f"{np.mean(seconds) / np.mean(sgd):.2f}" if sgd else "",
-            describe(column(mine, "images_per_second"), 0),
-            f"{np.mean(column(mine, 'gradients')):.2f}",
-            f"{max(column(mine, 'compile_seconds')):.1f}",
-            f"{max(column(mine, 'program_bytes')) / 1e6:.0f}",
-        )
-    return table
-
-
-def make_figure(runs: list[dict[str, Any]], args) -> Figure:
-    """A row for each noise: accuracy along the training, and where it ends."""
-    noises = noises_in(runs) or args.noise[:1]
-    figure = Figure((11, 0.6 + 2.8 * len(noises)), layout="constrained")
-    panels = figure.subplots(len(noises), 3, sharey="row", squeeze=False)
-    for row, noise in zip(panels, noises, strict=True):
-        for name in names_in(runs):
-            mine = choose(runs, method=name, noise_percent=noise)
-            draw(row, name, mine)
-        row[0].set_ylabel(f"{noise} % noise\ntest accuracy (%)")
-        labels = ("epoch", "seconds", "largest eigenvalue")
-        for axes, label in zip(row, labels, strict=True):
-            axes.set_xlabel(label)
-            axes.grid(alpha=0.3)
-    shown = {
-        label: handle
-        for axes in panels[:, 0]
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if shown:
-        figure.legend(shown.values(), shown.keys(), loc="outside right center")
-    return figure
-
-
-def draw(row, name: str, runs: list[dict[str, Any]]) -> None:
-    """The mean over seeds by epoch and by time, and the end of each training."""
-    if not runs:
-        return
-    style = {"color": f"C{list(METHODS).index(name)}", "label": name}
-    curves = [run["curves"] for run in runs]
-    accuracy = np.mean([curve["test_percent"] for curve in curves], axis=0)
-    seconds = np.cumsum(np.mean([curve["seconds"] for curve in curves], axis=0))
-    row[0].plot(range(1, len(accuracy) + 1), accuracy, lw=1.2, **style)
-    row[1].plot(seconds, accuracy, lw=1.2, **style)
-    ends = column(runs, "eigenvalue"), column(runs, "test_percent")
-    row[2].plot(*ends, "o", ms=4, **style)
-
-
-# --- The command ----------------------------------------------------------------------
-
-
-def finished_runs(args) -> list[dict[str, Any]]:
-    """Those of the JSON that is there; raises where they were made otherwise."""
-    path = report_path(NAME, args)
-    if not args.resume or not path.exists():
-        return []
-    report = json.loads(path.read_text(encoding="utf-8"))
-    for key in SAME:
-        then, now = report["settings"][key], getattr(args, key)
-        if then != now:
-            raise DataError(
-                f"argument --resume: {path} is of {option(key, then)}, not "
-                f"{option(key, now)}"
-            )
-    return choose(report["runs"])
-
-
-def percentage(text: str) -> int:
-    if text.isdecimal() and int(text) <= 100:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be an integer from 0 to 100, got {text!r}")
-
-
-def make_parser() -> Parser:
-    quick = {"epochs": 2, "seeds": 1, "noise": [60], "methods": ["SGD", "SAM"]}
-    quick |= {"train": 64, "test": 64, "batch": 16, "width": 2, "blocks": [1]}
-    parser = Parser(__doc__ or "", quick | {"sharpness": 4})
-    parser.data("directory with CIFAR-10 (required)")
-    parser.names("methods", list(METHODS), "which to train")
-    parser.set_defaults(methods=None)
-    parser.add_argument(
-        "--noise",
-        type=percentage,
-        nargs="+",
-        default=[0, 60, 80],
-        metavar="PERCENT",
-        help="labels that are replaced (default: 0 60 80), without --methods beyond 0 "
-        f"for {', '.join(NOISY)} only",
-    )
-    parser.count("seeds", 3, "trainings of each method")
-    parser.count("epochs", 200, "passes over the training images")
-    parser.count("batch", 128, "images in a step")
-    parser.count("train", 50000, "training images, a random part of them")
-    parser.count("test", 10000, "test images, a random part of them")
-    parser.count("sharpness", 1000, "training images that sharpness is measured on")
-    parser.count("width", 64, "channels of the first stage")
-    parser.add_argument(
-        "--blocks",
-        type=positive_integer,
-        nargs="+",
-        default=[2, 2, 2, 2],
-        metavar="N",
-        help="residual blocks in each stage (default: 2 2 2 2, a ResNet-18)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        default="float32",
-        help="of the computation; parameters are float32 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--program",
-        choices=["epoch", "step"],
-        default="step" if jax.default_backend() == "cpu" else "epoch",
-        help="what is compiled as one; on a CPU, XLA's convolutions are slow inside of "
-        "a loop (default: step on a CPU, else epoch)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=positive_integer,
-        metavar="SECONDS",
-        help="end between epochs, before a training that would last longer "
-        "(default: none)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep the finished trainings of the JSON that is there",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse(argv)
-    budget = Budget(args.budget)
-    if args.data is None:
-        parser.error("argument --data: a directory with CIFAR-10 is needed")
-    try:
-        runs = finished_runs(args)
-        data = take(load_cifar10(args.data), args.train, args.test)
-    except DataError as error:
-        parser.error(str(error))
-    if args.batch > len(data.train_y):
-        parser.error(f"argument --batch: there are {len(data.train_y)} training images")
-    run = functools.partial(run_all, data=data, runs=runs, budget=budget)
-    return carry_out(NAME, args, run, print_results, make_figure)
+def ratio(group: Runs, sgd: Runs | None) -> str:
+    """Of the time to SGD's."""
+    key = "seconds_per_epoch"
+    return f"{np.mean(group.column(key)) / np.mean(sgd.column(key)):.2f}" if sgd else ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    Cifar10.main()

@@ -11,22 +11,18 @@ smoothing of labels: batches of 128, momentum 0.9, weight decay 5e-4, learning r
 with a cosine decay.
 """
 
+import functools
 import itertools
 import math
-import sys
-from collections.abc import Sequence
+from typing import ClassVar
 
-import jax
 import numpy as np
 from flax import linen as nn
-from matplotlib.figure import Figure
-from rich.console import Console
 
-from evidence import Parser, carry_out, describe, make_table, of, progress
+from harness import Experiment, cases, describe
 from loaders import load_digits, split
-from training import MLP, decayed_sgd, make_trainer
+from training import MLP, Trainer, decayed_sgd, make_trainer
 
-NAME = "norms"
 RHOS = [0.01, 0.05, 0.2]
 TRAIN, BATCH_SIZE, LEARNING_RATE = 1000, 128, 0.1
 # Which epochs a mean is over, as shares of all.
@@ -54,31 +50,10 @@ class LeNet(nn.Module):
 NETWORKS = {"MLP": MLP((256, 256, 10)), "LeNet": LeNet()}
 
 
-def run_all(args, console: Console) -> list[dict]:
-    steps = args.epochs * (TRAIN // BATCH_SIZE)
-    base = decayed_sgd(steps)
-    trainers = {
-        name: make_trainer(NETWORKS[name], "sam", base, BATCH_SIZE)
-        for name in args.networks
-    }
-    cases = list(itertools.product(trainers, RHOS, range(args.seeds)))
-    runs = []
-    with progress(console, len(cases)) as advance:
-        for name, rho, seed in cases:
-            trainer = trainers[name]
-            train, test = split(*load_digits(), (TRAIN,), seed)
-            key, hyper = jax.random.key(seed), {"learning_rate": LEARNING_RATE}
-            hyper["rho"] = rho
-            state = trainer.init(hyper, key, train[0])
-            reports = []
-            for _ in range(args.epochs):
-                state, (_, report) = trainer.epoch(state, hyper, key, *train)
-                reports.append(report)
-            accuracy = float(trainer.evaluate(state, *test)[1])
-            run = {"network": name, "rho": rho, "seed": seed}
-            runs.append(run | {"accuracy_percent": accuracy} | summarize(reports))
-            advance(f"{name}, ρ = {rho:g}, seed {seed}: test accuracy {accuracy:.1f} %")
-    return runs
+@functools.cache
+def trainer_of(network: str, epochs: int) -> Trainer:
+    base = decayed_sgd(epochs * (TRAIN // BATCH_SIZE))
+    return make_trainer(NETWORKS[network], "sam", base, BATCH_SIZE)
 
 
 def summarize(reports: list) -> dict[str, list[float]]:
@@ -97,63 +72,47 @@ def summarize(reports: list) -> dict[str, list[float]]:
     return {key: values.mean(axis=1).tolist() for key, values in columns.items()}
 
 
-def stage(run: dict, key: str, part: tuple[float, float]) -> float:
-    start, end = (round(share * len(run[key])) for share in part)
-    return float(np.mean(run[key][start : max(end, start + 1)]))
+def stage(curve: list[float], part: tuple[float, float]) -> float:
+    start, end = (round(share * len(curve)) for share in part)
+    return float(np.mean(curve[start : max(end, start + 1)]))
 
 
-def print_results(runs: list[dict], args, console: Console) -> None:
-    table = make_table("network", "rho", "", *STAGES)
-    pairs = [(name, rho) for name in args.networks for rho in RHOS]
-    for (name, rho), key in itertools.product(pairs, TITLES):
-        digits = 1 if key == "larger_percent" else 3
-        cells = (
-            describe(
-                [stage(run, key, part) for run in of(runs, network=name, rho=rho)],
-                digits,
-            )
-            for part in STAGES.values()
-        )
-        table.add_row(name, f"{rho:g}", TITLES[key], *cells)
-    console.print(table)
-    for name, rho in pairs:
-        accuracies = [
-            run["accuracy_percent"] for run in of(runs, network=name, rho=rho)
-        ]
-        console.print(f"{name}, ρ = {rho:g}: test accuracy {describe(accuracies)} %")
+class Norms(Experiment):
+    name, doc = "norms", __doc__
+    options: ClassVar = {
+        "seeds": (5, 2, "trainings with each radius"),
+        "epochs": (200, 5, "passes over the training images"),
+        "networks": (list(NETWORKS), ["MLP"], "to train"),
+    }
 
+    def plan(self):
+        return cases(network=self.args.networks, rho=RHOS, seed=range(self.args.seeds))
 
-def make_figure(runs: list[dict], args) -> Figure:
-    figure = Figure((8, 0.4 + 2.8 * len(args.networks)), layout="constrained")
-    panels = figure.subplots(len(args.networks), 2, squeeze=False)
-    shown = list(TITLES)[:2]  # the third is 100 % almost everywhere
-    cases = itertools.product(args.networks, shown)
-    for axes, (name, key) in zip(panels.flat, cases, strict=True):
-        for rho in RHOS:
-            curves = np.array([run[key] for run in of(runs, network=name, rho=rho)])
-            epochs = range(1, curves.shape[1] + 1)
-            axes.plot(epochs, curves.mean(axis=0), label=f"ρ = {rho:g}", lw=1.2)
-            low, high = curves.min(axis=0), curves.max(axis=0)
-            axes.fill_between(epochs, low, high, alpha=0.2, lw=0)
-        axes.set_title(f"{name}: {TITLES[key]}", fontsize="medium")
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.set_yscale("log")
-        axes.set_ylim(*((0.05, 2) if key == "ratio" else (0.5, 20)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center")
-    return figure
+    def measure(self, network, rho, seed):
+        trainer = trainer_of(network, self.args.epochs)
+        images, test = split(*load_digits(), (TRAIN,), seed)
+        hyper = {"learning_rate": LEARNING_RATE, "rho": rho}
+        state, reports = trainer.fit(hyper, seed, images, self.args.epochs)
+        (accuracy,) = trainer.accuracies(state, test)
+        return {"accuracy_percent": accuracy} | summarize(reports)
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, {"seeds": 2, "epochs": 5, "networks": ["MLP"]})
-    parser.count("seeds", 5, "trainings with each radius")
-    parser.count("epochs", 200, "passes over the training images")
-    parser.names("networks", list(NETWORKS), "to train")
-    args = parser.parse(argv)
-    return carry_out(NAME, args, run_all, print_results, make_figure)
+    def report(self):
+        rows, pairs = [], list(cases(network=self.args.networks, rho=RHOS))
+        for pair, key in itertools.product(pairs, TITLES):
+            curves, digits = self.runs.column(key, **pair), 1 if "percent" in key else 3
+            stages = ([stage(curve, s) for curve in curves] for s in STAGES.values())
+            cells = (describe(values, digits) for values in stages)
+            rows.append((pair["network"], f"{pair['rho']:g}", TITLES[key], *cells))
+        self.table(("network", "rho", "", *STAGES), rows)
+        for pair in pairs:
+            found = describe(self.runs.column("accuracy_percent", **pair))
+            network, rho = pair.values()
+            self.print(f"{network}, ρ = {rho:g}: test accuracy {found} %")
+        for network, key in itertools.product(self.args.networks, list(TITLES)[:2]):
+            mine = self.runs.of(network=network)
+            groups = {f"ρ = {rho:g}": mine.of(rho=rho) for rho in RHOS}
+            self.draw(f"{network}: {TITLES[key]}", groups, key, yscale="log")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    Norms.main()

@@ -47,13 +47,8 @@ class BasicBlock(nn.Module):
 
 def _normalized(x, channels: int, size: int, stride: int, train: bool):
     """A convolution, and batch normalisation, in the dtype of x."""
-    x = nn.Conv(
-        channels,
-        (size, size),
-        stride,
-        padding=size // 2,  # on both sides, which "SAME" is not with a stride
-        use_bias=False,
-        dtype=x.dtype,
-        kernel_init=nn.initializers.variance_scaling(2, "fan_out", "normal"),
-    )(x)
+    padding = size // 2  # on both sides, which "SAME" is not with a stride
+    options = {"strides": stride, "padding": padding, "use_bias": False}
+    options["kernel_init"] = nn.initializers.variance_scaling(2, "fan_out", "normal")
+    x = nn.Conv(channels, (size, size), dtype=x.dtype, **options)(x)
     return nn.BatchNorm(not train, momentum=0.9, dtype=x.dtype)(x)

@@ -1,4 +1,4 @@
-"""Steps and small networks that the scripts share."""
+"""Steps, small networks and their training, as the experiments share them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,55 +13,39 @@ import sam_optax
 PLAIN = "plain"  # the base optimizer alone
 
 
-def make_step(
-    loss_fn: Callable[..., Any],
-    method: str,
-    base: optax.GradientTransformation,
-    *,
-    has_aux: bool = False,
-    batch_argnums: tuple[int, ...] | None = None,
-    m: int | None = None,
-    data: sam_optax.DataRule | None = None,
-    **hyperparameters: Any,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A step of a method of `sam_optax.METHODS`, or of `base` alone.
+def make_step(loss_fn, method: str, base, hyper: dict | None = None, **options):
+    """A step of a method of `sam_optax.METHODS` with `hyper`, or of `base` alone.
 
-    Returns:
-      init: params -> opt_state
-      step: params, opt_state, *batch -> params, opt_state, loss, report, where loss is
-        (loss, aux) if loss_fn has_aux. Keyword arguments are those of the function that
-        `sam_value_and_grad` returns.
+    `options` are those of `sam_value_and_grad`. Returns init: params -> opt_state, and
+    step: params, opt_state, *batch -> params, opt_state, loss, report.
     """
-    if method == PLAIN:
-        sam = sam_optax.sam()
-        ascend = {"ascend": False}  # one gradient, and no other branch in the program
-    else:
-        sam = sam_optax.METHODS[method].make(**hyperparameters)
-        ascend = {}
+    # PLAIN computes one gradient, and no other branch is in its program.
+    is_plain = method == PLAIN
+    sam = sam_optax.sam() if is_plain else sam_optax.METHODS[method].make(**hyper or {})
+    ascend = {"ascend": False} if is_plain else {}
     tx = optax.chain(sam, base)
-    examples = {"batch_argnums": batch_argnums, "m": m, "data": data}
-    loss_and_grads = sam_optax.sam_value_and_grad(
-        loss_fn, sam, has_aux=has_aux, report=True, **examples
-    )
+    loss_and_grads = sam_optax.sam_value_and_grad(loss_fn, sam, report=True, **options)
 
     def step(params, opt_state, *batch, **arguments):
-        loss, grads = loss_and_grads(
-            params, *batch, opt_state=opt_state, **ascend, **arguments
-        )
+        arguments |= ascend
+        loss, grads = loss_and_grads(params, *batch, opt_state=opt_state, **arguments)
         updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, opt_state, loss, grads.report
+        return optax.apply_updates(params, updates), opt_state, loss, grads.report
 
     return tx.init, step
 
 
-def gradients_per_step(method: str) -> int:
-    return 1 if method == PLAIN else int(sam_optax.METHODS[method].gradients)
+def last_params(f, method: str, base, rho, start, steps: int) -> jax.Array:
+    """Where a training of a function of the parameters ends."""
+    init, step = make_step(f, method, base, {} if method == PLAIN else {"rho": rho})
+
+    def body(carry, _):
+        return step(*carry)[:2], None
+
+    return jax.lax.scan(body, (start, init(start)), length=steps)[0][0]
 
 
-def decayed_sgd(
-    steps: int, weight_decay: float = 5e-4
-) -> Callable[[Any], optax.GradientTransformation]:
+def decayed_sgd(steps: int, weight_decay: float = 5e-4) -> Callable[[Any], Any]:
     """Learning rate -> SGD with momentum 0.9, weight decay and a cosine decay."""
 
     def make_base(learning_rate):
@@ -104,42 +88,51 @@ class Trainer(NamedTuple):
     epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, seen)
     evaluate: Callable[..., tuple]  # (state, x, y) -> mean loss, accuracy in %
 
+    def fit(self, hyper: dict, seed: int, data: tuple, epochs: int) -> tuple:
+        """The state after the epochs, and what was seen in each."""
+        key = jax.random.key(seed)
+        state, everything = self.init(hyper, key, data[0]), []
+        for _ in range(epochs):
+            state, (_, seen) = self.epoch(state, hyper, key, *data)
+            everything.append(seen)
+        return state, everything
+
+    def accuracies(self, state: State, *parts: tuple) -> list[float]:
+        return [float(self.evaluate(state, *part)[1]) for part in parts]
+
 
 def make_trainer(
     model: nn.Module,
     method: str,
     make_base: Callable[[jax.Array], optax.GradientTransformation],
     batch_size: int,
+    *,
     arguments: Callable[..., dict[str, Any]] | None = None,
     m: int | None = None,
-    data: sam_optax.DataRule | None = None,
+    data: sam_optax.data.DataRule | None = None,
     watch: Callable[[sam_optax.Report], Any] = lambda report: report,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
-    Args:
-      model: the network.
-      method: of `sam_optax.METHODS`, or PLAIN.
-      make_base: learning rate -> base optimizer.
-      batch_size: examples per step; an incomplete batch is dropped.
-      arguments: (loss_fn, params, key, index, x, y) -> further arguments of the step,
-        where index says which examples of x and y are in the batch.
-      m: examples that share a perturbation; None for the whole batch.
-      data: which examples each of the two gradients sees; None for the whole batch.
-      watch: what an epoch returns of the report of each step, as an array over them.
-        What is not watched takes no time.
+    An incomplete batch is dropped. `arguments`, of (loss_fn, params, key, index, x, y),
+    gives further arguments of a step, where index says which examples are in the batch.
+    `m` and `data` are those of `sam_value_and_grad`, and `watch` says what an epoch
+    returns of the report of each step.
     """
 
-    def loss_fn(params, x, y):
+    def losses_of(params, x, y):
         logits: Any = model.apply(params, x)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y), logits
+
+    def loss_fn(params, x, y):
+        losses, _ = losses_of(params, x, y)
         return losses if data else losses.mean()  # rules may choose by the losses
 
     def build(hyper):
-        method_hyper = {k: v for k, v in hyper.items() if k != "learning_rate"}
-        base = make_base(hyper["learning_rate"])
-        examples = {"batch_argnums": (1, 2), "m": m, "data": data}
-        return make_step(loss_fn, method, base, **examples, **method_hyper)
+        hyper = dict(hyper)
+        base = make_base(hyper.pop("learning_rate"))
+        options = {"batch_argnums": (1, 2), "m": m, "data": data}
+        return make_step(loss_fn, method, base, hyper, **options)
 
     def init(hyper, key, x):  # not jitted, so that its parts are compiled but once
         params = model.init(key, x[:1])
@@ -154,22 +147,18 @@ def make_trainer(
         batches = order[: steps * batch_size].reshape(steps, batch_size)
 
         def body(carry, inputs):
-            params, opt_state = carry
             index, key = inputs
-            more = arguments(loss_fn, params, key, index, x, y) if arguments else {}
-            *carry, loss, report = step(params, opt_state, x[index], y[index], **more)
+            more = arguments(loss_fn, carry[0], key, index, x, y) if arguments else {}
+            *carry, loss, report = step(*carry, x[index], y[index], **more)
             return tuple(carry), (loss, watch(report))
 
         keys = jax.random.split(step_key, steps)
-        (params, opt_state), seen = jax.lax.scan(
-            body, (state.params, state.opt_state), (batches, keys)
-        )
-        return State(params, opt_state, state.epoch + 1), seen
+        carry, seen = jax.lax.scan(body, state[:2], (batches, keys))
+        return State(*carry, state.epoch + 1), seen
 
     @jax.jit
     def evaluate(state, x, y):
-        logits: Any = model.apply(state.params, x)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        losses, logits = losses_of(state.params, x, y)
         return losses.mean(), 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
     return Trainer(init, epoch, evaluate)

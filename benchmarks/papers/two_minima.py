@@ -18,36 +18,23 @@ flat minimum within 0.1 of 1, at the sharp one within 0.02 of 0, or beside both.
 In float64, so that a radius of 1e-5 is not lost to rounding.
 """
 
-import sys
-from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from rich.console import Console
 
-from evidence import (
-    Parser,
-    carry_out,
-    compare_pairs,
-    describe,
-    make_table,
-    of,
-    progress,
-)
-from training import PLAIN, make_step
+from harness import Experiment, cases, describe
+from training import PLAIN, last_params
 
-NAME = "two_minima"
 VALLEY_RATE, VALLEY_RHOS = 0.1, [1e-5, 1e-3, 0.01, 0.1, 0.3]
 REVIEW = {"GD": 1.225, "SAM": 0.016}  # largest eigenvalues at the ends, in Figure 2
 RATES = np.geomspace(1e-5, 0.1, 13).tolist()
 RHOS = [0.0, 1e-5, 0.001, 0.01, 0.03, 0.1, 0.3]  # GD is ρ = 0
 TIME = 3.0  # steps × learning rate, at least: several times what reaches x = 0
-ENDS = {"flat": "C0", "sharp": "C3", "beside": "C1"}
+ENDS = ["flat", "sharp", "beside"]
 
 
 def valley(w):
@@ -61,15 +48,8 @@ def two_minima(w):
 @partial(jax.jit, static_argnames=("f", "method", "steps"))
 def ends(f, rate, starts, rho, *, method, steps):
     """Where each run is after its steps."""
-    hyper = {} if method == PLAIN else {"rho": rho}
-    init, step = make_step(f, method, optax.sgd(rate), **hyper)
-
-    def run(start):
-        def body(carry, _):
-            return step(*carry)[:2], None
-
-        return jax.lax.scan(body, (start, init(start)), length=steps)[0][0]
-
+    base = optax.sgd(rate)
+    run = partial(last_params, f, method, base, rho, steps=steps)
     return jax.vmap(run)(starts)
 
 
@@ -80,130 +60,68 @@ def largest_eigenvalue(w):
     return jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(hessian), hessian, 0.0))[-1]
 
 
-def run_valley(args, advance) -> list[dict]:
-    """For each radius: where its runs end, and loss and eigenvalue there."""
-    starts = np.random.default_rng(0).uniform(-2, 2, (args.starts, 2))
-    runs = []
-    for rho in [0.0, *VALLEY_RHOS]:
-        method = "sam" if rho else PLAIN
-        found = ends(valley, VALLEY_RATE, starts, rho, method=method, steps=args.steps)
-        eigenvalues, losses = largest_eigenvalue(found), jax.vmap(valley)(found)
-        runs.append(
-            {"function": "valley", "learning_rate": VALLEY_RATE, "rho": rho}
-            | {"ends": np.asarray(found).tolist()}
-            | {"losses": losses.tolist(), "eigenvalues": eigenvalues.tolist()}
-        )
-        advance(f"(x − 1)² y², ρ = {rho:g}")
-    return runs
+class TwoMinima(Experiment):
+    name, doc = "two_minima", __doc__
+    options: ClassVar = {
+        "starts": (10000, 400, "random starts on (x − 1)² y²; a 20th on the other"),
+        "steps": (1000, None, "steps of each run; with small learning rates more"),
+    }
 
+    def plan(self):
+        rhos = [0.0, *VALLEY_RHOS]
+        yield from cases(function=["valley"], rho=rhos, learning_rate=[VALLEY_RATE])
+        rates = RATES if not self.args.quick else RATES[6:]  # small ones: many steps
+        yield from cases(function=["two minima"], rho=RHOS, learning_rate=rates)
 
-def run_two_minima(args, advance) -> list[dict]:
-    starts = np.random.default_rng(0).uniform(-1, 0, args.starts // 20)
-    rates = RATES if not args.quick else RATES[6:]  # small ones take many steps
-    runs = []
-    for rho in RHOS:
-        method = "sam" if rho else PLAIN
-        for rate in rates:
-            steps = max(args.steps, round(TIME / rate))
-            found = ends(two_minima, rate, starts, rho, method=method, steps=steps)
-            found = np.asarray(found)
-            shares = {
-                "flat": float(np.mean(np.abs(found - 1) < 0.1)),
-                "sharp": float(np.mean(np.abs(found) < 0.02)),
-            }
-            shares["beside"] = 1 - sum(shares.values())
-            runs.append(
-                {"function": "two minima", "learning_rate": rate, "rho": rho}
-                | {"steps": steps, "median_end": float(np.median(found))}
-                | {f"{end}_percent": 100 * share for end, share in shares.items()}
-            )
-            advance(f"two minima, ρ = {rho:g}, learning rate {rate:.1e}")
-    return runs
+    def measure(self, function, learning_rate, rho):
+        measure = self.measure_valley if function == "valley" else self.measure_two
+        with jax.enable_x64(True):
+            return measure(learning_rate, rho, "sam" if rho else PLAIN)
 
+    def measure_valley(self, rate, rho, method):
+        """Where the runs end, and loss and eigenvalue there."""
+        starts = np.random.default_rng(0).uniform(-2, 2, (self.args.starts, 2))
+        found = ends(valley, rate, starts, rho, method=method, steps=self.args.steps)
+        run = {"ends": found, "losses": jax.vmap(valley)(found)}
+        run["eigenvalues"] = largest_eigenvalue(found)
+        return {key: np.asarray(value).tolist() for key, value in run.items()}
 
-def run_all(args, console: Console) -> list[dict]:
-    rates = len(RATES) if not args.quick else len(RATES[6:])
-    parts = 1 + len(VALLEY_RHOS) + len(RHOS) * rates
-    with jax.enable_x64(True), progress(console, parts) as advance:
-        return run_valley(args, advance) + run_two_minima(args, advance)
+    def measure_two(self, rate, rho, method):
+        starts = np.random.default_rng(0).uniform(-1, 0, self.args.starts // 20)
+        steps = max(self.args.steps, round(TIME / rate))
+        found = ends(two_minima, rate, starts, rho, method=method, steps=steps)
+        found = np.asarray(found)
+        flat = float(np.mean(np.abs(found - 1) < 0.1))
+        sharp = float(np.mean(np.abs(found) < 0.02))
+        shares = zip(ENDS, (flat, sharp, 1 - sum((flat, sharp))), strict=True)
+        run = {"steps": steps, "median_end": float(np.median(found))}
+        return run | {f"{end}_percent": 100 * share for end, share in shares}
 
-
-def print_results(runs: list[dict], args, console: Console) -> None:
-    gd, *others = of(runs, function="valley")
-    # Where GD ends as in the review, on how many starts, and where SAM does from these.
-    alike = np.abs(np.subtract(gd["eigenvalues"], REVIEW["GD"])) < 0.01
-    table = make_table(
-        *("rho", "largest eigenvalue", "less GD's", "SAM flatter (%)"),
-        f"from the {alike.sum()} starts where GD's is {REVIEW['GD']} ± 0.01",
-    )
-    for run in (gd, *others):
-        pairs = compare_pairs(run["eigenvalues"], gd["eigenvalues"])
-        flatter = 100 * np.mean(np.less(run["eigenvalues"], gd["eigenvalues"]))
-        there = np.asarray(run["eigenvalues"])[alike]
-        table.add_row(
-            f"{run['rho']:g}" if run["rho"] else "GD",
-            describe(run["eigenvalues"], 3),
-            f"{pairs.mean:.2g}",
-            f"{flatter:.1f}",
-            f"{describe(there, 4)}" if len(there) else "",
-        )
-    console.print("(x − 1)² y²:", table)
-
-    rates = sorted({run["learning_rate"] for run in of(runs, function="two minima")})
-    table = make_table("flat / sharp / beside, %", *(f"{rate:.1e}" for rate in rates))
-    for rho in RHOS:
-        row = [run for run in of(runs, function="two minima") if run["rho"] == rho]
-        cells = (
-            "/".join(f"{run[f'{end}_percent']:.0f}" for end in ENDS) for run in row
-        )
-        table.add_row(f"ρ = {rho:g}" if rho else "GD", *cells)
-    console.print("x² (x − 1)² / (x² + 1e-4), by learning rate:", table)
-
-
-def make_figure(runs: list[dict], args) -> Figure:
-    figure = Figure((9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    gd, *others = of(runs, function="valley")
-    for run in others:
-        if run["rho"] in (1e-5, 0.01, 0.1):
-            label = f"SAM, ρ = {run['rho']:g}"
-            pairs = gd["eigenvalues"][:500], run["eigenvalues"][:500]
-            left.plot(*pairs, ".", markersize=3, label=label)
-    left.plot(*REVIEW.values(), "k*", markersize=9, label="the review")
-    left.set(xscale="log", yscale="log", ylim=(1e-5, 30))
-    left.set_title("(x − 1)² y²: largest eigenvalue at the end", fontsize="medium")
-    left.set_xlabel("of GD")
-    left.set_ylabel("of SAM from the same start")
-    left.legend(fontsize="small", markerscale=1.5)
-    left.grid(alpha=0.3)
-
-    rows = of(runs, function="two minima")
-    rates = sorted({run["learning_rate"] for run in rows})
-    for i, run in enumerate(rows):
-        at, bottom = i % len(rates), i // len(rates) - 0.5
-        for end, color in ENDS.items():
-            height = 0.96 * run[f"{end}_percent"] / 100
-            right.bar(at, height, 0.96, bottom, color=color)
-            bottom += height
-    right.set_yticks(range(len(RHOS)), [f"{rho:g}" if rho else "GD" for rho in RHOS])
-    ticks = range(0, len(rates), 3)
-    right.set_xticks(ticks, [f"{rates[tick]:.0e}" for tick in ticks])
-    right.set_xlabel("learning rate")
-    right.set_ylabel("ρ")
-    right.set_title("x² (x − 1)² / (x² + 1e-4): ends", fontsize="medium")
-    names = {"flat": "flat minimum", "sharp": "sharp minimum", "beside": "neither"}
-    handles = [Patch(color=ENDS[end], label=names[end]) for end in ENDS]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize="small")
-    return figure
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, {"starts": 400})
-    parser.count("starts", 10000, "random starts on (x − 1)² y²; a 20th on the other")
-    parser.count("steps", 1000, "steps of each run; with small learning rates more")
-    args = parser.parse(argv)
-    return carry_out(NAME, args, run_all, print_results, make_figure)
+    def report(self):
+        runs, rows = self.runs.of(function="valley"), []
+        gd = np.array(runs[0]["eigenvalues"])
+        # Where GD ends as in the review, on how many starts, and where SAM does.
+        alike = np.abs(gd - REVIEW["GD"]) < 0.01
+        for run in runs:
+            found = np.array(run["eigenvalues"])
+            row = [f"{run['rho']:g}" if run["rho"] else "GD", describe(found, 3)]
+            row += [f"{(found - gd).mean():.2g}", f"{100 * np.mean(found < gd):.1f}"]
+            rows.append([*row, describe(found[alike], 4) if alike.any() else ""])
+        columns = ("rho", "largest eigenvalue", "less GD's", "SAM flatter (%)")
+        more = f"from the {alike.sum()} starts where GD's is {REVIEW['GD']} ± 0.01"
+        self.print("(x − 1)² y²:")
+        self.table((*columns, more), rows)
+        runs, rows = self.runs.of(function="two minima"), []
+        groups = {f"ρ = {rho:g}" if rho else "GD": runs.of(rho=rho) for rho in RHOS}
+        for name, group in groups.items():
+            shares = zip(*(group.column(f"{end}_percent") for end in ENDS), strict=True)
+            rows.append((name, *("/".join(f"{s:.0f}" for s in c) for c in shares)))
+        rates = (f"{rate:.1e}" for rate in runs.values("learning_rate"))
+        self.print("x² (x − 1)² / (x² + 1e-4), by learning rate:")
+        self.table(("flat / sharp / beside, %", *rates), rows)
+        for end in ENDS:
+            self.draw(end, groups, f"{end}_percent", "learning_rate", xscale="log")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TwoMinima.main()
