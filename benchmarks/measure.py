@@ -1,5 +1,6 @@
 """Shared by the benchmarks: times programs in turn, and compares them as ratios."""
 
+import json
 import math
 import re
 import statistics
@@ -190,3 +191,34 @@ def print_ratios(programs: dict[str, Program], rounds: int, carried: int = 0) ->
         seconds = program.compile_seconds / reference.compile_seconds
         numbers = [flops, moved, memory, seconds]
         print(f"{name:{width}} {spread:>24}" + "".join(f"{x:8.3f}" for x in numbers))
+
+
+def compact_json(content: Any, indent: str = "") -> str:
+    """JSON with a line for each record that holds no others, and five digits a number.
+
+    A measurement has no more digits than these, and a line for each step of a benchmark
+    can be read and compared.
+    """
+    parts = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, (dict, list)) or not any(
+        isinstance(part, (dict, list)) for part in parts
+    ):
+        return json.dumps(_rounded(content))
+    deeper = indent + " "
+    if isinstance(content, dict):
+        lines = [
+            f"{deeper}{json.dumps(key)}: {compact_json(part, deeper)}"
+            for key, part in content.items()
+        ]
+    else:
+        lines = [f"{deeper}{compact_json(part, deeper)}" for part in content]
+    left, right = "{}" if isinstance(content, dict) else "[]"
+    return "\n".join([left, ",\n".join(lines), indent + right])
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _rounded(part) for key, part in content.items()}
+    if isinstance(content, list):
+        return [_rounded(part) for part in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content

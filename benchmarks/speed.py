@@ -35,7 +35,6 @@ network.
 import argparse
 import functools
 import itertools
-import json
 import operator
 import pathlib
 import statistics
@@ -51,6 +50,7 @@ from measure import (
     Program,
     Spread,
     bandwidth,
+    compact_json,
     compile_program,
     ratios,
     time_in_turn,
@@ -846,7 +846,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdicts = judge(results)
     console.print(target_table(verdicts))
     args.output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(as_json(results, verdicts, args), indent=1)
+    content = compact_json(as_json(results, verdicts, args))
     (args.output / "speed.json").write_text(content + "\n", encoding="utf-8")
     plot(results, args.output / "speed.png")
     console.print(

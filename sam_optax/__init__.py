@@ -5,8 +5,6 @@ namespaces `ascents`, `descents`, `cadences` and `data`; `sharpness`, `plot` and
 are imported by name, because they need more than JAX and Optax.
 """
 
-from typing import Any
-
 from sam_optax import ascents as ascents
 from sam_optax import cadences as cadences
 from sam_optax import data as data
@@ -53,7 +51,7 @@ from sam_optax.methods import wsam as wsam
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Says where a name of version 0.1 has moved."""
     renamed = {
         "surrogate_gap": "descents.gsam",

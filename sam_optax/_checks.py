@@ -19,13 +19,15 @@ def check_number(
 ) -> None:
     """Raises for a Python number outside [at_least, below) or above at_most.
 
-    Tracers, arrays and schedules pass, because their values are not known when a
-    transformation is built.
+    Tracers, JAX arrays and schedules pass: their values are not known when a
+    transformation is built, or would have to be fetched from a device.
     """
     if callable(value):
         return
-    if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value) == 0:
+    if isinstance(value, jax.Array) and jnp.ndim(value) == 0:
         return
+    if isinstance(value, (np.ndarray, np.generic)) and np.ndim(value) == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name} must be a number, a schedule (step -> number) or a scalar array, "

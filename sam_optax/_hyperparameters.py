@@ -49,6 +49,12 @@ def scheduled(
 
     def part_at(step):
         values = {name: schedule(step) for name, schedule in schedules.items()}
+        for name, value in values.items():
+            if jnp.ndim(value) != 0:
+                raise ValueError(
+                    f"The schedule of {name} must return a scalar, and returned an "
+                    f"array of shape {jnp.shape(value)}."
+                )
         return optax.with_extra_args_support(make_part(**constants, **values))
 
     if not schedules:

@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a `shard_map` along which a value can differ, as far as types say."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    # Versions of JAX keep this in one of two attributes.
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
 def first_axes(x: Any) -> Any:
     """The mesh axes that the first axis of an array is spread over, or None."""
     sharding = getattr(jax.typeof(x), "sharding", None)

@@ -34,7 +34,9 @@ def script(name):
     return imported
 
 
-speed, designs, quality = map(script, ("speed", "designs", "quality"))
+speed, designs, quality, measure = map(
+    script, ("speed", "designs", "quality", "measure")
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,8 @@ def test_too_few_rounds_are_rejected(speed, capsys):
 def test_without_torch_it_says_what_to_install(speed, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="pip install torch"):
-        speed.main(["--models", "mlp", "--width", "8", "--compiles", "1", "--torch"])
+        tiny = ["--width", "8", "--compiles", "1", "--only", "sam, door 1"]
+        speed.main(["--models", "mlp", *tiny, "--torch"])
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet", "transformer"])
@@ -187,6 +190,7 @@ def test_all_designs_take_the_same_step(designs):
             assert float(length) == pytest.approx(5 * size, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_designs_are_compared(designs, capsys):
     tiny = ["--width", "4", "--batch", "3", "--rounds", "2", "--compiles", "1"]
     assert designs.main(["--models", "mlp", *tiny]) == 0
@@ -195,6 +199,7 @@ def test_designs_are_compared(designs, capsys):
     assert "fsam, average in bfloat16" in printed
 
 
+@pytest.mark.slow
 def test_quality_counts_gradients_and_compares_with_sam(quality, tmp_path, capsys):
     tiny = ["--lengths", "1", "2", "--seeds", "2", "--methods", "sgd", "ae_sam"]
     assert quality.main([*tiny, "--output", str(tmp_path)]) == 0
@@ -224,3 +229,10 @@ def test_the_pareto_front_and_what_comes_as_far(quality):
         quality.describe_less(point("d", 1, 1.0, [92.0, 88.0]), best) == "-1.0 ± 38.1"
     )
     assert quality.describe_less(best, best) == ""
+
+
+def test_results_have_a_line_for_each_record(measure):
+    content = {"a": 1.23456789, "b": [{"x": 2, "y": 1e-9}, {"z": None}], "c": []}
+    text = measure.compact_json(content)
+    assert json.loads(text) == content | {"a": 1.2346}
+    assert text.splitlines()[3] == '  {"x": 2, "y": 1e-09},'

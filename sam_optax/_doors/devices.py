@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._doors.groups import PathOfGroup, PerGroup
 from sam_optax._step.inputs import Choice
@@ -86,10 +88,46 @@ class Axis(NamedTuple):
         return jax.lax.axis_index(own)
 
 
+def check_loss_is_averaged_once(axis: Axis, loss: jax.Array) -> None:
+    """Refuses a loss that is averaged over the axis already.
+
+    Parameters that vary over an axis make a loss that does so too, unless loss_fn takes
+    a mean over it. Types say what varies under `shard_map` with its check of varying
+    axes, and nothing elsewhere.
+    """
+    seen_by_types = sharding.varying_axes(axis.vary(jnp.zeros(())))
+    averaged = sorted(seen_by_types - sharding.varying_axes(loss))
+    if averaged:
+        raise ValueError(
+            f"loss_fn returns a loss that is equal along the axis {averaged[0]!r}, as "
+            "after jax.lax.pmean, and axis_name= averages over that axis as well: the "
+            "gradient would come out too small. Return the loss of the device's own "
+            "examples."
+        )
+
+
+def check_loss_is_averaged(loss: jax.Array, params: optax.Params) -> None:
+    """Refuses a loss that nobody averages over an axis of a `shard_map`.
+
+    JAX sums the gradients of replicated parameters over the axes along which the loss
+    varies. The sum of means is too large by the number of devices.
+    """
+    kept = [sharding.varying_axes(leaf) for leaf in jax.tree.leaves(params)]
+    summed = sharding.varying_axes(loss).difference(*kept)
+    if summed:
+        raise ValueError(
+            f"The loss differs along the axis {min(summed)!r} of a shard_map, and the "
+            "parameters do not: JAX would sum their gradients over it. Pass "
+            f"axis_name={min(summed)!r}; or return from loss_fn what is equal on all "
+            "devices, such as jax.lax.pmean of the loss."
+        )
+
+
 def over_devices(
     axis: Axis, here: Choice, per_group_here: PerGroup | None, groups_here: int
 ) -> tuple[Choice, PerGroup | None]:
     """What the devices of an axis see together, from what one of them sees."""
+    check_loss_is_averaged_once(axis, here.seen.loss)
     own = here.map(lambda evaluate: lambda point: evaluate(axis.vary(point)))
 
     def averaged(mean: Callable[[Any], Any]) -> Choice:

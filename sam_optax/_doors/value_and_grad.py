@@ -15,6 +15,7 @@ from sam_optax._doors.batch import (
     make_batch,
     same_batch,
 )
+from sam_optax._doors.devices import check_loss_is_averaged
 from sam_optax._doors.find_state import find_sam_state
 from sam_optax._doors.grouping import make_grouping
 from sam_optax._step import ReportSlot, SharpnessAwareGradients, SharpnessAwareState
@@ -277,6 +278,7 @@ def _make_first_pass(
         )
         if grouping is None:
             choice, per_group = choose(rule, batch, params), None
+            check_loss_is_averaged(choice.seen.loss, params)
         else:
             choice, per_group = grouping.choose(rule, batch, params)
         seen = choice.seen

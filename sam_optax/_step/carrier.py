@@ -44,7 +44,14 @@ class SharpnessAwareGradients:
 
     @property
     def report(self) -> Report | None:
-        return self._cargo.report
+        report = self._cargo.report
+        if is_traced(report) and not is_current(self._cargo.trace):
+            raise ValueError(
+                "This report belongs to a trace that has ended. Return "
+                "gradients.report from the jitted function that computes the "
+                "gradients, beside whatever else it returns."
+            )
+        return report
 
     def __contains__(self, key: Any) -> bool:
         # Flax asks whether a collection of its own is among the gradients.

@@ -1,0 +1,198 @@
+"""Mistakes that would go unnoticed, and raise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import sam_optax
+
+
+def test_a_negative_numpy_scalar_is_a_negative_number():
+    for rho in (np.array(-1.0), np.float32(-1.0)):
+        with pytest.raises(ValueError, match="rho must be >= 0"):
+            sam_optax.sam(rho=rho)
+    sam_optax.sam(rho=np.array(1.0))
+
+
+def test_a_schedule_must_return_a_scalar():
+    sam = sam_optax.sam(rho=lambda step: jnp.array([0.1, 0.2]))
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"schedule of rho .* shape \(2,\)"):
+        sam.update(w, sam.init(w), w, grad_fn=lambda w: w)
+
+
+def test_a_report_is_read_inside_of_the_function_that_makes_it():
+    sam = sam_optax.sam()
+    helper = sam_optax.sam_value_and_grad(jnp.sum, sam, report=True)
+
+    @jax.jit
+    def gradients(w):
+        return helper(w, opt_state=sam.init(w))[1]
+
+    returned = gradients(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"Return gradients\.report from the"):
+        _ = returned.report
+    assert helper(jnp.ones(2), opt_state=sam.init(jnp.ones(2)))[1].report.ascended
+
+
+def test_gradients_of_another_method_are_refused():
+    """Their state would take the place of the right one."""
+    sam, fsam = sam_optax.sam(), sam_optax.fsam()
+    w = jnp.ones(2)
+    helper = sam_optax.sam_value_and_grad(jnp.sum, fsam)
+    _, grads = helper(w, opt_state=fsam.init(w))
+    with pytest.raises(ValueError, match="made by another SAM transformation"):
+        sam.update(grads, sam.init(w), w)
+
+
+@pytest.mark.parametrize("name", ["group", "perturb", "ascent_gradient"])
+def test_extra_arguments_that_the_step_passes_itself_are_refused(name):
+    sam = sam_optax.random_sam()
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match=f"{name!r} is one that a SAM transformation"):
+        sam.update(w, sam.init(w), w, grad_fn=lambda w: w, **{name: 0})
+
+
+def test_an_ascent_survives_being_rebuilt_as_a_tuple():
+    """`jax.tree.map` and Equinox do that to transformations that are in a pytree."""
+    ascent = jax.tree.map(lambda x: x, sam_optax.ascents.fsam(rho=0.5))
+    sam = sam_optax.sharpness_aware(ascent)
+    w = jnp.array([3.0, 4.0])
+    d, _ = sam.update(w, sam.init(w), w, grad_fn=lambda w: w)
+    np.testing.assert_allclose(d, 1.1 * w, rtol=1e-6)
+
+
+def test_a_slot_has_no_report_before_the_update():
+    _, _, extra_args = sam_optax.value_and_ascent_grad(jnp.sum, report=True)(
+        jnp.ones(2)
+    )
+    with pytest.raises(ValueError, match="There is no report yet"):
+        _ = extra_args["report"].value
+
+
+def test_a_report_does_not_leave_a_branch_of_the_program():
+    """A wrapper around SAM runs it in a `lax.cond`, whose tracers end with it."""
+    tx = optax.apply_if_finite(optax.chain(sam_optax.sam(), optax.sgd(0.1)), 3)
+    gradients = sam_optax.value_and_ascent_grad(jnp.sum, report=True)
+
+    @jax.jit
+    def step(w):
+        _, g, extra_args = gradients(w)
+        tx.update(g, tx.init(w), w, **extra_args)
+        return extra_args["report"].value
+
+    with pytest.raises(ValueError, match=r"MultiSteps or optax\.apply_if_finite"):
+        step(jnp.ones(2))
+
+
+RULES = {
+    "no choice": (lambda batch, params: batch, TypeError, "must return a .*Choice"),
+    "no pass": (
+        lambda batch, params: choice(batch, seen=None),
+        TypeError,
+        "`seen` the pass",
+    ),
+    "a batch for a function": (
+        lambda batch, params: choice(batch, ascent=batch),
+        TypeError,
+        "`ascent` a function of a point",
+    ),
+    "no gradient": (
+        lambda batch, params: choice(batch, descent=batch.forward),
+        TypeError,
+        "`descent` must return a Pass with a gradient",
+    ),
+    "g of other examples": (
+        lambda batch, params: choice(
+            batch,
+            seen=batch.gradient(params),
+            ascent=batch.take(np.array([0])).gradient,
+        ),
+        ValueError,
+        "take `seen` from batch.forward",
+    ),
+}
+
+
+def choice(batch, **fields):
+    made = {"ascent": batch.gradient, "descent": batch.gradient}
+    made["seen"] = batch.forward(jnp.ones(2))
+    return sam_optax.data.Choice(**(made | fields))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_is_wrong_says_which_part(rule):
+    rule, error, message = RULES[rule]
+    sam = sam_optax.sam()
+    helper = sam_optax.sam_value_and_grad(lambda w, x: jnp.mean(x @ w), sam, data=rule)
+    with pytest.raises(error, match=message):
+        helper(jnp.ones(2), jnp.ones((4, 2)), opt_state=sam.init(jnp.ones(2)))
+
+
+def test_a_moved_name_says_where_it_is():
+    with pytest.raises(AttributeError, match=r"now sam_optax\.ascents\.sam\."):
+        _ = sam_optax.sam_ascent
+    with pytest.raises(AttributeError, match=r"now sam_optax\.descents\.gsam"):
+        _ = sam_optax.surrogate_gap
+    assert not hasattr(sam_optax, "nothing_like_this")
+
+
+# --- Devices: what types say of a loss under `shard_map`.
+
+
+def trained_on_four_devices(loss_fn, **options):
+    """w after one step of SGD, from w = 1 and 2 (one example per device)."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    sam = sam_optax.sam(rho=0.1)
+    tx = optax.chain(sam, optax.sgd(0.1))
+    helper = sam_optax.sam_value_and_grad(loss_fn, sam, **options)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
+    )
+    def step(w, x):
+        opt_state = tx.init(w)
+        _, grads = helper(w, x, opt_state=opt_state)
+        return optax.apply_updates(w, tx.update(grads, opt_state, w)[0])
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(8.0).reshape(4, 2), P("data"))
+        return step(jnp.array([1.0, 2.0]), x)
+
+
+def own_loss(w, x):
+    return jnp.mean((x @ w - 1) ** 2)
+
+
+def averaged_loss(w, x):
+    return jax.lax.pmean(own_loss(w, x), "data")
+
+
+def test_a_loss_averaged_over_the_axis_once_is_right():
+    w, x = jnp.array([1.0, 2.0]), jnp.arange(8.0).reshape(4, 2)
+    sam = sam_optax.sam(rho=0.1)
+    d, _ = sam.update(
+        jax.grad(own_loss)(w, x),
+        sam.init(w),
+        w,
+        grad_fn=lambda w: jax.grad(own_loss)(w, x),
+    )
+    for loss_fn, options in ((own_loss, {"axis_name": "data"}), (averaged_loss, {})):
+        actual = trained_on_four_devices(loss_fn, **options)
+        np.testing.assert_allclose(actual, w - 0.1 * d, rtol=1e-5)
+
+
+def test_a_loss_averaged_over_the_axis_twice_is_refused():
+    with pytest.raises(ValueError, match=r"equal along the axis 'data'.*too small"):
+        trained_on_four_devices(averaged_loss, axis_name="data")
+
+
+def test_a_loss_that_is_not_averaged_over_the_axis_is_refused():
+    with pytest.raises(ValueError, match=r"differs along the axis 'data'.*axis_name="):
+        trained_on_four_devices(own_loss)
