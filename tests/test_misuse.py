@@ -196,3 +196,38 @@ def test_a_loss_averaged_over_the_axis_twice_is_refused():
 def test_a_loss_that_is_not_averaged_over_the_axis_is_refused():
     with pytest.raises(ValueError, match=r"differs along the axis 'data'.*axis_name="):
         trained_on_four_devices(own_loss)
+
+
+# --- What the guard looks at.
+
+
+def test_a_gradient_on_the_way_that_is_not_finite_does_not_enter_the_state():
+    """g is finite here, and the gradient at the noisy point is not."""
+    ascent = sam_optax.ascents.ascend_from_noise(sam_optax.ascents.fsam(), sigma=1.0)
+    sam = sam_optax.sharpness_aware(ascent)
+    w = jnp.array([1.0, 2.0])
+
+    def grad_fn(point):
+        return point * jnp.where(jnp.all(point == w), 1.0, jnp.nan)
+
+    d, state = sam.update(w, sam.init(w), w, grad_fn=grad_fn)
+    assert np.all(np.isnan(d))
+    average = state.ascent_state.smoothed_state[0]
+    np.testing.assert_array_equal(average.gradient_ema, 0.0)
+    assert not average.ema_started
+    later, state = sam.update(w, state, w, grad_fn=lambda point: point)
+    assert np.all(np.isfinite(later))
+
+
+def test_a_state_that_starts_at_infinity_advances():
+    plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+    sam = sam_optax.sharpness_aware(optax.chain(sam_optax.ascents.sam(0.1), plateau))
+    w = jnp.array([1.0, 2.0])
+    state = sam.init(w)
+    assert np.isinf(state.ascent_state[1].best_value)
+    for _ in range(2):
+        _, state = sam.update(w, state, w, grad_fn=lambda point: point, value=3.0)
+    assert state.ascent_state[1].best_value == 3.0
+    assert state.ascent_state[1].scale == 0.5
+    _, state = sam.update(w, state, w, grad_fn=lambda point: point, value=jnp.nan)
+    assert state.ascent_state[1].best_value == 3.0

@@ -240,11 +240,13 @@ def _guarded(
 ) -> tuple[optax.Updates, Any]:
     """(d, state) of a step, mended if a gradient was not finite.
 
-    The ascent's state is made of g alone, so g decides whether it reverts. The states
-    of the descent and of the cadence are made of gᵃ as well, so d decides too; if they
-    carry no values, d is not looked at, which saves a pass over it. `g_is_finite` is
-    what the ascent's norm found, or None.
+    The ascent's state is made of g, so g decides whether it reverts; and it is looked
+    at itself, unless the ascent's norm tells all of it. The states of the descent and
+    of the cadence are made of gᵃ as well, so d decides too; if they carry no values, d
+    is not looked at, which saves a pass over it. `g_is_finite` is what the ascent's
+    norm found, or None.
     """
+    norm_tells_all = g_is_finite is not None
     if g_is_finite is None or ascended is False:
         # Without an ascent, nothing else needs the ascent's norm. That of g is cheaper.
         g_is_finite = _tree.all_finite(g)
@@ -252,7 +254,9 @@ def _guarded(
     if _has_values((new.descent_state, new.cadence_state)):
         both_are_finite &= _tree.all_finite(d)
     state = new._replace(
-        ascent_state=_revert_unless(g_is_finite, new.ascent_state, old.ascent_state),
+        ascent_state=_revert_unless(
+            g_is_finite, new.ascent_state, old.ascent_state, look=not norm_tells_all
+        ),
         descent_state=_revert_unless(
             both_are_finite, new.descent_state, old.descent_state
         ),
@@ -266,16 +270,21 @@ def _guarded(
     return _tree.scale(jnp.where(~g_is_finite & ascended, jnp.nan, 1), d), state
 
 
-def _revert_unless(finite: jax.Array, new: Any, old: Any) -> Any:
+def _revert_unless(finite: jax.Array, new: Any, old: Any, *, look: bool = False) -> Any:
     """The new state if what it is made of is finite, else the old values.
 
     Values (floats and masks) revert. Counters and random keys advance all the same, so
-    that schedules go on and no noise is drawn twice.
+    that schedules go on and no noise is drawn twice. With `look`, a new value that is
+    not finite decides as well, as an ascent may take gradients of its own. Scalars
+    always do, because one can overflow by itself, such as the square of a norm.
     """
-    # A scalar can overflow by itself, such as the square of a norm.
-    for leaf in jax.tree.leaves(new):
-        if jnp.ndim(leaf) == 0 and _tree.is_inexact(leaf):
-            finite &= jnp.isfinite(leaf)
+    for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if _tree.is_inexact(n) and (look or jnp.ndim(n) == 0):
+            # A value that was infinite before may stay so: some parts start with it.
+            spoiled = (jnp.isfinite(o) & ~jnp.isfinite(n)) | (
+                jnp.isnan(n) & ~jnp.isnan(o)
+            )
+            finite &= ~jnp.any(spoiled)
     return jax.tree.map(
         lambda n, o: jnp.where(finite, n, o) if _is_value(n) else n, new, old
     )

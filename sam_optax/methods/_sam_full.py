@@ -8,7 +8,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._step import Options, sharpness_aware
+from sam_optax._step import Ascent, Options, chain, sharpness_aware
 from sam_optax.methods._average import advance_ema, start_ema
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import sam_ascent
@@ -73,16 +73,16 @@ def _part_of(
 
 def sam_full_ascent(
     rho: ScalarOrSchedule = 0.05, decay: ScalarOrSchedule = 0.9
-) -> optax.GradientTransformationExtraArgs:
+) -> Ascent:
     """The ascent of the method `sam_full`; it takes the same arguments."""
-    return optax.chain(project_on_full_gradient(decay), sam_ascent(rho))
+    return chain(project_on_full_gradient(decay), sam_ascent(rho))
 
 
 def sam_noise_ascent(
     rho: ScalarOrSchedule = 0.05, decay: ScalarOrSchedule = 0.9
-) -> optax.GradientTransformationExtraArgs:
+) -> Ascent:
     """The ascent of the method `sam_noise`; it takes the same arguments."""
-    return optax.chain(subtract_projection_on_full_gradient(decay), sam_ascent(rho))
+    return chain(subtract_projection_on_full_gradient(decay), sam_ascent(rho))
 
 
 @record(
