@@ -45,12 +45,12 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
 
 
 def zeros_like(tree: Tree) -> Tree:
-    """Zeros in at least float32, as carried state and perturbations need them."""
+    """Zeros in at least float32, the dtype of carried state and perturbations."""
     return jax.tree.map(jnp.zeros_like, at_least_float32(tree))
 
 
 def scale(factor: Scalar, tree: Tree) -> Tree:
-    """factor · tree, in the dtype of each leaf, even if that of the factor is wider."""
+    """factor · tree, in the dtype of each leaf, even if the factor's dtype is wider."""
     return jax.tree.map(lambda x: x * _as_real_of(factor, x), tree)
 
 
@@ -70,7 +70,7 @@ def subtract(x: Tree, y: Tree) -> Tree:
 
 
 def mean_of_groups(tree: Tree) -> Tree:
-    """The mean over the first axis; counters and keys have none, so the first stays."""
+    """The mean over the first axis; of counters and keys, the first entry is taken."""
     return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_inexact(x) else x[0], tree)
 
 
@@ -93,7 +93,7 @@ def dot(x: Tree, y: Tree) -> jax.Array:
 
 
 def squared_norm(tree: Tree) -> jax.Array:
-    """Plain sum of squares; see `Sphere` for one that cannot leave the range."""
+    """The plain sum of squares; that of a `Sphere` cannot leave the range."""
     return sum_leaves(_square, at_least_float32(tree))
 
 
@@ -127,8 +127,8 @@ def largest_magnitude(tree: Tree) -> jax.Array:
 def reciprocal_or_zero(largest: jax.Array) -> jax.Array:
     """About 1/x; 0 where x is 0 or subnormal, NaN where x is not finite.
 
-    1/inf would be 0, which would give a tree with an infinite entry a finite direction.
-    It has none, so the result is NaN.
+    1/inf would be 0, and a tree with an infinite entry would get a finite direction.
+    But such a tree has no direction, so the result is NaN.
     """
     tiny = jnp.finfo(largest.dtype).tiny
     is_zero = largest < tiny
@@ -151,17 +151,18 @@ class Sphere(NamedTuple):
 def measure(tree: Tree) -> Sphere:
     """Measures a tree once: norm, direction and finiteness all follow from it.
 
-    Inside of [1/reach, reach], the plain sum of squares has lost no digits, and it is
-    taken as it is. Outside, the tree is multiplied by reach or 1/reach first, which
-    brings every norm that the dtype can hold inside.
+    If the plain sum of squares is inside of [1/reach, reach], it has lost no digits,
+    and is taken as it is. If it is outside, the tree is first multiplied by reach or
+    1/reach. This brings the sum of squares inside, for every norm that the dtype can
+    hold.
     """
     leaves = _of_one_width(jax.tree.leaves(at_least_float32(tree)))
     plain = squared_norm(leaves)
     reach = 2.0 ** (jnp.finfo(plain.dtype).maxexp * 3 // 4)
     is_safe = (plain >= 1 / reach) & (plain <= reach)
     rescue = jnp.where(plain > reach, 1 / reach, jnp.asarray(reach, plain.dtype))
-    # A cond saves the second pass over the tree, which is rarely needed. Its branches
-    # are module-level functions, so that eager calls compile them only once.
+    # The cond saves the second pass over the tree, which is rarely needed. Its
+    # branches are module-level functions, so that eager calls compile them only once.
     square = jax.lax.cond(is_safe, _plain, _rescued, plain, rescue, leaves)
     shrink = jnp.where(is_safe | (square == 0), 1, rescue)
     return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
@@ -180,7 +181,7 @@ def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Arra
 def _of_one_width(leaves: list[Any]) -> list[Any]:
     """All leaves in the widest dtype among them.
 
-    The factor that rescues a norm is chosen for the range of that dtype, and would
+    The factor that brings a norm back into range is chosen for that dtype, and would
     overflow in a narrower one.
     """
     dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in leaves]
@@ -215,17 +216,18 @@ def to_unit(tree: Tree, sphere: Sphere) -> Tree:
 
 
 def projection(x: Tree, direction: Tree) -> Tree:
-    """The part of x that lies along a direction; zero where that is zero."""
+    """The part of x that lies along a direction; zero if the direction is zero."""
     shrink, square = measure(direction)
-    shrink, direction = _afresh((shrink, at_least_float32(direction)))
-    overlap = dot(x, scale(shrink, direction))
+    shrink, x, direction = _afresh((shrink, *map(at_least_float32, (x, direction))))
+    # Both are shrunk, so that the factor is right without undoing it, and no product
+    # leaves the range of the dtype where x is about as large as the direction.
+    overlap = dot(scale(shrink, x), scale(shrink, direction))
     factor = overlap / jnp.where(square == 0, 1, square)
-    shrink, direction = _afresh((shrink, direction))
-    return scale(factor, scale(shrink, direction))
+    return scale(factor, _afresh(direction))
 
 
 def orthogonal(x: Tree, direction: Tree) -> Tree:
-    """The part of x that is orthogonal to a direction; x itself where that is zero."""
+    """The part of x orthogonal to a direction; x itself if the direction is zero."""
     return subtract(x, projection(x, direction))
 
 
@@ -239,26 +241,27 @@ def orthogonal_difference(x: Tree, y: Tree, direction: Tree) -> Tree:
 def _afresh(tree: Tree) -> Tree:
     """The same tree, in a form that keeps the compiler from reusing earlier results.
 
-    Computing a product or difference twice is cheaper than writing it to memory for its
-    second use, which is what the compiler would do.
+    The compiler would write a product or difference to memory for its second use.
+    Computing it twice is cheaper.
     """
     return jax.lax.optimization_barrier(tree)
 
 
-# A difference below this many ulps of what was subtracted is rounding.
+# A difference is only rounding error below this many ulps of what it came from.
 _ROUNDING = 32
 
 
 def zero_if_rounding_of(whole: Tree, part: Tree) -> Tree:
     """The part, or zero if it is only the rounding error of a subtraction from whole.
 
-    For parts that are scaled up later, so that rounding does not become a direction.
+    This is for parts that are scaled up later: rounding error must not become a
+    direction.
     """
     return scale(jnp.where(_is_rounding_of(whole, norm(part)), 0, 1), part)
 
 
 def unit_unless_rounding_of(whole: Tree, part: Tree) -> Tree:
-    """`unit` of `zero_if_rounding_of`; the part is measured only once."""
+    """`unit` of `zero_if_rounding_of`, but measures the part only once."""
     sphere = measure(part)
     is_rounding = _is_rounding_of(whole, length(sphere))
     return scale(jnp.where(is_rounding, 0, 1), to_unit(part, sphere))
@@ -270,7 +273,7 @@ def _is_rounding_of(whole: Tree, size_of_part: jax.Array) -> jax.Array:
 
 
 def cosine(x: Tree, y: Tree) -> jax.Array:
-    """Cosine of the angle between two trees; 0 where either is zero."""
+    """Cosine of the angle between two trees; 0 if either is zero."""
     (shrink_x, square_x), (shrink_y, square_y) = measure(x), measure(y)
     x, y = at_least_float32(x), at_least_float32(y)
     shrink_x, x, shrink_y, y = _afresh((shrink_x, x, shrink_y, y))
@@ -306,8 +309,8 @@ def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tr
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every floating-point entry is finite.
 
-    It asks `measure`, because a method has often measured the same tree already, and
-    the compiler computes equal expressions once.
+    It uses `measure`, because a method has often measured the same tree already, and
+    the compiler then computes the two only once.
     """
     return jnp.isfinite(measure([x for x in jax.tree.leaves(tree) if is_inexact(x)])[1])
 

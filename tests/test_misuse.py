@@ -231,3 +231,25 @@ def test_a_state_that_starts_at_infinity_advances():
     assert state.ascent_state[1].scale == 0.5
     _, state = sam.update(w, state, w, grad_fn=lambda point: point, value=jnp.nan)
     assert state.ascent_state[1].best_value == 3.0
+
+
+# --- Scales at which ε holds must hold for d.
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e-20, 1e20, 1e33])
+@pytest.mark.parametrize("method", ["gsam", "stable_sam", "look_sam"])
+def test_d_scales_with_the_gradients(method, scale):
+    """Two steps, so that LookSAM uses what it kept on the first."""
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(1 + rng.normal(size=64), jnp.float32)
+    ga = g + jnp.asarray(rng.normal(size=64), jnp.float32)
+    w = jnp.zeros(64)
+
+    def second_d(scale):
+        sam = sam_optax.METHODS[method].make(rho=0.1)
+        state = sam.init(w)
+        for _ in range(2):
+            d, state = sam.update(scale * g, state, w, grad_fn=lambda w: scale * ga)
+        return np.asarray(d, np.float64)
+
+    np.testing.assert_allclose(second_d(scale) / scale, second_d(1.0), rtol=1e-5)
