@@ -198,7 +198,13 @@ def norm(tree: Tree) -> jax.Array:
 
 def length(sphere: Sphere) -> jax.Array:
     """`norm` of a tree that has been measured."""
-    return jnp.sqrt(sphere.square) / sphere.shrink
+    return _root(sphere.square) / sphere.shrink
+
+
+def _root(square: jax.Array) -> jax.Array:
+    """The square root, with a derivative of zero at zero, where that of sqrt is NaN."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def unit(tree: Tree) -> Tree:
@@ -277,7 +283,7 @@ def cosine(x: Tree, y: Tree) -> jax.Array:
     (shrink_x, square_x), (shrink_y, square_y) = measure(x), measure(y)
     x, y = at_least_float32(x), at_least_float32(y)
     shrink_x, x, shrink_y, y = _afresh((shrink_x, x, shrink_y, y))
-    lengths = jnp.sqrt(square_x) * jnp.sqrt(square_y)
+    lengths = _root(square_x) * _root(square_y)
     overlap = dot(scale(shrink_x, x), scale(shrink_y, y))
     return overlap / jnp.where(lengths == 0, 1, lengths)
 

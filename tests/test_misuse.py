@@ -253,3 +253,28 @@ def test_d_scales_with_the_gradients(method, scale):
         return np.asarray(d, np.float64)
 
     np.testing.assert_allclose(second_d(scale) / scale, second_d(1.0), rtol=1e-5)
+
+
+# --- Derivatives of a step, as a learned ρ takes them.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(method.make for method in sam_optax.METHODS.values()),
+        functools.partial(sam_optax.sam, p=3),
+        functools.partial(sam_optax.sam, p=1.5),
+        functools.partial(sam_optax.fsam, sigma="cosine"),
+    ],
+)
+def test_a_step_can_be_differentiated_at_a_zero_gradient(make):
+    w = jnp.zeros(3)
+
+    def size_of_second_d(rho):
+        sam = make(rho=rho)
+        state = sam.init(w)
+        for _ in range(2):
+            d, state = sam.update(w, state, w, grad_fn=lambda point: 2 * point)
+        return jnp.sum(d)
+
+    assert np.isfinite(jax.grad(size_of_second_d)(0.1))

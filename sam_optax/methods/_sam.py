@@ -50,16 +50,17 @@ def normalize_by_global_norm(p: float = 2) -> optax.GradientTransformation:
       \qquad \tfrac1p + \tfrac1q = 1
 
     This is g/‖g‖ for p = 2 and sign(g) for p = ∞. One norm runs over all leaves. ‖u‖_p
-    is 1 at every scale of g that float32 can hold, and u is zero where g is zero.
+    is 1 however small or large g is, short of subnormal numbers. If g is zero, so is u.
 
     Args:
-      p: the order of the norm, a Python number >= 1 or infinity. Default 2. It chooses
-        code, so it cannot be traced or scheduled. For p = 1, the whole of u lies on the
-        largest entry of g; several entries that are equally large share it.
+      p: the order of the norm, a Python number >= 1 or infinity. Default 2. It decides
+        which program is compiled, so it cannot be traced or scheduled. For p = 1, u is
+        zero except on the largest entry of g; if several entries are equally large,
+        they share it.
 
     Returns:
-      A stateless transformation. Half-precision leaves come out as float32. If an entry
-      is not finite, the whole of u is NaN.
+      A stateless transformation. It returns half-precision leaves as float32. If an
+      entry of g is not finite, the whole of u is NaN.
 
     Raises:
       ValueError: if p < 1.
@@ -100,8 +101,8 @@ def _dual_unit(tree: optax.Updates, p: float) -> optax.Updates:
     largest = _tree.largest_magnitude(tree)
     scaled = _tree.scale(_tree.reciprocal_or_zero(largest), tree)
     if p == jnp.inf:
-        # The sign is that of g, because a small entry of the quotient can be rounded to
-        # zero. Adding 0 · x makes the result NaN where the quotient is.
+        # We take the sign of g, because a small entry of the quotient x can be rounded
+        # to zero. Adding 0 · x makes the result NaN where x is NaN.
         return jax.tree.map(lambda g, x: jnp.sign(g) + 0 * x, tree, scaled)
     if p == 1:
         powers = jax.tree.map(
@@ -111,17 +112,24 @@ def _dual_unit(tree: optax.Updates, p: float) -> optax.Updates:
         root = total
     else:
         q = p / (p - 1)
-        powers = jax.tree.map(lambda x: jnp.sign(x) * jnp.abs(x) ** (q - 1), scaled)
+        powers = jax.tree.map(lambda x: _signed_power(x, q - 1), scaled)
         total = _tree.sum_leaves(lambda x, u: jnp.sum(x * u), scaled, powers)
-        root = total ** (1 / p)
+        # Powers of zero have no finite derivative. Zero is excluded below as well.
+        root = jnp.where(total == 0, 1, total) ** (1 / p)
     is_zero = total == 0
     return _tree.scale(jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, root)), powers)
 
 
-def sam_ascent(rho: ScalarOrSchedule = 0.05, *, p: float = 2) -> Ascent:
-    """The ascent of the method `sam`, ε = ρ g/‖g‖, whose arguments it takes.
+def _signed_power(x: jax.Array, exponent: float) -> jax.Array:
+    """sign(x) |x|^exponent, with a derivative of zero at zero."""
+    magnitude = jnp.where(x == 0, 1, jnp.abs(x))
+    return jnp.sign(x) * magnitude**exponent
 
-    Only the order p of the norm is always a number here: its default is 2.
+
+def sam_ascent(rho: ScalarOrSchedule = 0.05, *, p: float = 2) -> Ascent:
+    """The ascent of the method `sam`, ε = ρ g/‖g‖.
+
+    It takes the same arguments, but p is always a number here, 2 by default.
     """
     return chain(normalize_by_global_norm(p), scale_by_rho(rho))
 
@@ -150,8 +158,9 @@ def sam(
       rho: the radius ρ = ‖ε‖_p: a number, a schedule of the step, or a traced scalar.
         Default 0.05, from the paper's experiments.
       p: the order of the norm, a Python number from 1 to infinity. Default None, which
-        is the 2-norm, and which `optax.inject_hyperparams` leaves alone. It would turn
-        a number into an array, so pass it `static_args=("p",)` along with any p.
+        means the 2-norm. If you set p under `optax.inject_hyperparams`, pass that
+        function `static_args=("p",)`, because it would turn the number into an array.
+        It leaves None as it is.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -181,8 +190,8 @@ def sam(
 
     Differences from the authors' code:
       1. No epsilon is added to ‖g‖; a zero gradient gives a zero perturbation.
-      2. There is one perturbation for the whole gradient given. Theirs is one per
-         device.
+      2. Here one perturbation is made from the whole gradient that is given. Theirs has
+         one per device.
 
     Cost: 2 gradients a step; no tree is carried.
     """
