@@ -1,8 +1,8 @@
 """Sharpness-aware training for JAX: every SAM method as an Optax transformation.
 
-The named methods and the helpers stand here. What methods are composed of stands in the
-namespaces `ascents`, `descents`, `cadences` and `data`; `sharpness`, `plot` and `nnx`
-are imported by name, because they need more than JAX and Optax.
+The named methods and the helpers are here. Methods are composed of parts, which are in
+the namespaces `ascents`, `descents`, `cadences` and `data`. Import `sharpness`, `plot`
+and `nnx` by name, because they need more than JAX and Optax.
 """
 
 from sam_optax import ascents as ascents
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Says where a name of version 0.1 has moved."""
+    """Says where a former name has moved."""
     renamed = {
         "surrogate_gap": "descents.gsam",
         "weigh_gap": "descents.blend, with the weight gamma / (1 - gamma)",

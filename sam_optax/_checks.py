@@ -1,4 +1,4 @@
-"""Checks of arguments, made as early as the argument is known."""
+"""Checks of arguments, each made as soon as the argument is known."""
 
 import math
 import numbers
@@ -55,7 +55,7 @@ def check_positive_integer(name: str, value: Any) -> None:
 
 
 def check_static_integer(name: str, value: Any) -> None:
-    """The same for a hyperparameter, which `optax.inject_hyperparams` would trace."""
+    """Like `check_positive_integer`, for what `optax.inject_hyperparams` may trace."""
     if not is_integer(value) or value < 1:
         raise ValueError(
             f"{name} must be an integer >= 1, got {value!r}. It chooses code, so it "

@@ -21,7 +21,7 @@ def value_at(hyperparameter: ScalarOrSchedule, step: Any) -> Any:
 def map_value(
     function: Callable[[Any], Any], hyperparameter: ScalarOrSchedule
 ) -> ScalarOrSchedule:
-    """Applies a function to a hyperparameter, whichever of its forms it has."""
+    """Applies a function to a number, a schedule or a traced scalar."""
     if not callable(hyperparameter):
         return function(hyperparameter)
     return lambda step: function(hyperparameter(step))
@@ -40,8 +40,8 @@ def scheduled(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `make_part(**hyperparameters)`, evaluating callables at the current step.
 
-    Parts are written for numbers alone; this function lets each of their numbers be a
-    schedule. Step k uses the schedule's k-th value, counted from 0. A part without
+    A part need only be written for numbers; with this function, each of them may also
+    be a schedule. Step k uses the schedule's value at k, counted from 0. A part without
     schedules carries no counter.
     """
     constants = {k: v for k, v in hyperparameters.items() if not callable(v)}
@@ -96,8 +96,9 @@ def rho_from_learning_rate(
       rho_min: radius where the learning rate is `learning_rate_min`.
       learning_rate_max: largest value of the schedule.
       learning_rate_min: smallest value of the schedule. Default 0, where cosine and
-        linear decays end. A learning rate outside the two limits, as in a warm-up that
-        starts below the minimum, extrapolates the line, and stops at rho 0.
+        linear decays end. For a learning rate outside the two limits, as in a warm-up
+        that starts below the minimum, rho continues on the same line, but is never
+        below 0.
 
     Returns:
       A schedule, step -> rho, for the `rho` of any method.

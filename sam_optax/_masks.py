@@ -15,7 +15,7 @@ Mask = Any  # a tree of bools, or a function of the parameters that returns one
 
 
 def check_mask(name: str, mask: Mask) -> None:
-    """Raises when building for a value that cannot be a mask."""
+    """Raises, when a method is built, for a value that cannot be a mask."""
     if isinstance(mask, (bool, np.bool_, str, jax.Array, np.ndarray)):
         raise TypeError(
             f"{name} must be a tree of bools, or a function of the parameters that "
@@ -83,7 +83,7 @@ def restrict(
 def _on_masked_params(
     grad_fn: Callable[[Any], Any], tree: Any, params: Any
 ) -> Callable[[Any], Any]:
-    """grad_fn as the masked ascent calls it: the other leaves stay where they are."""
+    """A grad_fn for the masked ascent: the other leaves stay as they are in params."""
 
     def masked_grad_fn(masked_params):
         point = jax.tree.map(

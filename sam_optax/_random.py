@@ -1,7 +1,7 @@
 """Random keys inside optimizer state, stored as plain uint32 key data.
 
-Typed keys break `flax.serialization`, `np.asarray` and casts of a whole state. So the
-state holds the key's data, and the transformation remembers its implementation.
+`flax.serialization`, `np.asarray` and casts of a whole state fail on typed keys. So the
+state holds only the data of a key, and the transformation remembers its implementation.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Key = int | jax.Array
 
 
 class KeyStream(NamedTuple):
-    """A starting key, and how to draw from the data that is stored of it."""
+    """A starting key, and how to draw keys from the key data that the state holds."""
 
     start: Callable[[], jax.Array]  # () -> key data, a new buffer each time
     next: Callable[..., tuple[jax.Array, jax.Array]]  # data, group -> (key, data)
@@ -39,9 +39,9 @@ def _check_type(key: Key) -> None:
 def key_stream(key: Key) -> KeyStream:
     """A stream of keys, from an int, a typed key or a legacy one.
 
-    An int becomes a key only when a state is made. A key is an array, and making one
-    starts the devices, before which `jax.distributed.initialize` has to be called; so
-    building a method must not make a key.
+    An int becomes a key only when a state is made. Building a method must not make a
+    key: a key is an array, making an array starts the devices, and
+    `jax.distributed.initialize` has to be called before that.
     """
     _check_type(key)
     implementation = (

@@ -18,14 +18,15 @@ class Recorder:
     """Keeps the losses and reports of training steps, or hands them to a logger.
 
     The reports come from `sam_value_and_grad(..., report=True)`. They stay on the
-    device at first, so that adding one does not wait for the step to end. `arrays`
-    brings them to the host; so do a thousand later steps. If you record no step, leave
-    out `report=True`: the compiled step is then the same as without a report.
+    device at first, so that adding one does not wait for the step to end. They come to
+    the host when you call `arrays`, or after a thousand or more later steps. If a
+    jitted step does not return its report, the report costs nothing: the compiled step
+    is then the same as without `report=True`.
 
     Args:
-      log: called for each step with its number and a dict of floats, for example
-        `lambda step, values: writer.write_scalars(step, values)`. It waits for the
-        step. Default None: nothing is called.
+      log: a function that is called for each step with its number and a dict of floats,
+        for example `lambda step, values: writer.write_scalars(step, values)`. With it,
+        `add` waits for the step to end. Default None: nothing is called.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -56,7 +57,7 @@ class Recorder:
         self._steps: list[np.ndarray] = []
         self._values: list[dict[str, Any]] = []
         self._next_step = 0
-        self._pending = 0  # of the values, how many may be on the device
+        self._pending = 0  # how many of the values may be on the device
 
     def add(self, loss: Any, report: Report, *, step: int | None = None) -> None:
         """Records a step, or several that a `jax.lax.scan` has stacked.
@@ -68,8 +69,8 @@ class Recorder:
             more than the last.
 
         Raises:
-          TypeError: if report is no `Report`, as without `report=True`.
-          ValueError: if loss and report do not hold equally many steps.
+          TypeError: if report is not a `Report`, which happens without `report=True`.
+          ValueError: if loss and report do not hold the same number of steps.
         """
         if not isinstance(report, Report):
             raise TypeError(
@@ -115,7 +116,8 @@ class Recorder:
     def arrays(self) -> dict[str, np.ndarray]:
         """What was recorded: "step", "loss" and the fields of `Report`, each (steps,).
 
-        NaN where a step did not ascend and has nothing to report; see "ascended".
+        A field is NaN for a step that did not ascend, and so could not measure it; the
+        field "ascended" says which steps these are.
         """
 
         def join(parts):

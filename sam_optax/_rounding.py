@@ -36,7 +36,7 @@ class Rounding:
         return round_stochastically(params, perturbation, key)
 
     def warn_of_lost_digits(self, params: Any, mask: Mask) -> None:
-        """Warns, once, if a perturbed leaf is so coarse that rounding swallows ε."""
+        """Warns, once, if a perturbed leaf has so coarse a dtype that ε can be lost."""
         if self._keys is not None or self._has_warned:
             return
         perturbed = jax.tree.map(lambda _: True, params)
@@ -76,13 +76,13 @@ def round_to_nearest(params: Any, perturbation: Any) -> Any:
     )
 
 
-# Folded into the key, so that rounding never draws the numbers of another random part
-# that was given the same key, as happens where both have the default.
+# Folded into the key, so that rounding never draws the same numbers as another random
+# part that was given the same key, for example where both have the default key.
 _OF_ROUNDING = 0x5A3
 
 
 def round_stochastically(params: Any, perturbation: Any, key: jax.Array) -> Any:
-    """w + ε, where half-precision leaves round up or down with unbiased chance."""
+    """w + ε, with half-precision leaves rounded up or down at random, unbiased."""
     key = jax.random.fold_in(key, _OF_ROUNDING)
     leaves, structure = jax.tree.flatten(params)
     shifts = structure.flatten_up_to(perturbation)
@@ -101,7 +101,7 @@ def _stochastic(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     towards = jnp.where(error < 0, -jnp.inf, jnp.inf).astype(dtype)
     neighbour = jnp.nextafter(nearest, towards)
     gap = neighbour.astype(x.dtype) - nearest.astype(x.dtype)
-    # Moving to the neighbour with the chance error / gap makes x the expectation.
+    # Moving to the neighbour with probability error / gap makes x the expectation.
     to_neighbour = jax.random.uniform(key, x.shape, x.dtype) * jnp.abs(gap) < jnp.abs(
         error
     )

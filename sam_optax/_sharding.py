@@ -2,8 +2,8 @@
 
 Under a mesh with explicit axes (what `jax.make_mesh` makes), the sharding of an array
 is part of its type, and JAX refuses to guess the sharding of a result where it is not
-clear. With automatic axes, types name no sharding, and the functions here are the plain
-operations.
+clear. With automatic axes, the type does not name a sharding, and the functions here do
+the plain operations.
 """
 
 import math
@@ -58,8 +58,8 @@ def take(x: Any, indices: Any) -> jax.Array:
 def split(x: Any, count: int, *, together: bool) -> jax.Array:
     """(count · m, ...) as (count, m, ...).
 
-    The groups are spread over the devices if they run together. If they run one after
-    another, the examples of each group are.
+    If the groups run together, they are spread over the devices. If they run one after
+    another, the examples of each group are spread instead.
     """
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     axes = first_axes(x)
@@ -82,7 +82,7 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def spread_or_replicate(x: jax.Array, length: int) -> jax.Array:
-    """x, if parts of this length can lie on all its devices, else the whole on each."""
+    """x as it is if this length divides evenly over its devices, else whole on each."""
     axes = first_axes(x)
     if axes is None or _if_divisible(x, axes, length) is not None:
         return x
@@ -90,7 +90,7 @@ def spread_or_replicate(x: jax.Array, length: int) -> jax.Array:
 
 
 def like(tree: Any, reference: Any) -> Any:
-    """A tree spread over the devices as another of the same shapes."""
+    """A tree, spread over the devices as a reference tree of the same shapes is."""
 
     def lay(x, r):
         sharding = getattr(jax.typeof(r), "sharding", None)

@@ -1,22 +1,22 @@
-"""Ascents: what turns the gradient g into the perturbation ε.
+"""Ascents: they turn the gradient g into the perturbation ε.
 
-An ascent is an ordinary Optax transformation whose updates go in as g and come out as
-ε. You build one from parts with `optax.chain`; in a chain, each part receives the
-output of the part before. All parts of this module return at least float32, so that no
-digits of ε are lost before w + ε is rounded to the dtype of w.
+An ascent is an ordinary Optax transformation: its update receives g, and returns ε. You
+build one from parts with `optax.chain`; in a chain, each part receives the output of
+the part before. All parts of this module return at least float32, so that no digits of
+ε are lost before w + ε is rounded to the dtype of w.
 
 Besides g and the parameters, the update of an ascent receives these extra arguments:
 
 - ascent_gradient: g itself, for parts that come later in a chain.
 - grad_fn: parameters -> the gradient of the loss there, for ascents that take further
   gradients.
-- perturb: (params, ε) -> w + ε, rounded as the step rounds it. Further gradients are
-  taken at `grad_fn(perturb(params, shift))`.
+- perturb: (params, ε) -> w + ε, rounded as the step rounds it. An ascent takes a
+  further gradient by `grad_fn(perturb(params, shift))`.
 - group: the index of the group of examples whose perturbation is computed, or None.
   Parts that draw random numbers fold it into their key.
 - the extra arguments of the step, such as `full_gradient=`.
 
-The update runs on every step, also on those without a second gradient.
+The update runs on every step, including those that take no second gradient.
 """
 
 from sam_optax.methods._asam import asam_ascent as asam

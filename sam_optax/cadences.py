@@ -1,10 +1,10 @@
-"""Cadences: on which steps the second gradient is taken, and what d is on the others.
+"""Cadences: which steps take the second gradient, and what d is on the other steps.
 
-A cadence is four small functions, which `Cadence` holds: they decide about a step,
-remember something of a step with a second gradient, and substitute for d on a step
-without one. They receive g and their own state, and `remember` also receives d. All of
-them see the mean gradient over groups of examples and devices, so every device decides
-alike.
+A cadence is four small functions, which `Cadence` holds. `init` makes the state.
+`decide` says whether a step takes the second gradient, `remember` keeps something of a
+step that took it, and `substitute` computes d on a step that did not. The last three
+receive g and the state, and `remember` also receives d. They see the mean of the
+gradient over groups of examples and devices, so every device decides alike.
 """
 
 from sam_optax._step import Cadence, every_step

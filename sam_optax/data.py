@@ -1,10 +1,10 @@
-"""Data rules: which examples each of the two gradients of a step sees.
+"""Data rules: they choose the examples that each of the two gradients of a step sees.
 
-A data rule is a function of the batch and the parameters. It returns a `Choice`: the
-pass at the parameters whose loss and auxiliary output the step returns, and two
-functions from a point to a `Pass`, one for the examples that ε is made from and one for
-those that the step descends on. The methods know nothing of it: you pass the rule to
-`sam_value_and_grad` as `data=`, and it works with every method.
+A data rule is a function of the batch and the parameters. It returns a `Choice`. This
+holds the pass at the parameters whose loss and auxiliary output the step returns, and
+two functions from a point to a `Pass`: one for the examples that ε is made from, and
+one for those that the step descends on. The methods know nothing of rules: you pass the
+rule to `sam_value_and_grad` as `data=`, and it works with every method.
 
 In a rule, `batch.gradient(point)` and `batch.forward(point)` evaluate the loss at a
 point, with and without its gradient, and `batch.take(indices)` selects examples.

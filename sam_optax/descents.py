@@ -1,8 +1,8 @@
-"""Descents: what turns the gradient gᵃ at w + ε into d, which the base optimizer gets.
+"""Descents: they turn the gradient gᵃ at w + ε into d, for the base optimizer.
 
-A descent is an ordinary Optax transformation whose updates go in as gᵃ, in at least
-float32, and come out as d. Besides gᵃ and the parameters, its update receives these
-extra arguments:
+A descent is an ordinary Optax transformation: its update receives gᵃ, in at least
+float32, and returns d. Besides gᵃ and the parameters, it receives these extra
+arguments:
 
 - ascent_gradient: g, the gradient at the parameters.
 - perturbation: ε.
@@ -12,9 +12,9 @@ extra arguments:
 - group: the index of the group of examples, or None.
 - the extra arguments of the step.
 
-The descents of this module compute g or gᵃ plus something built on gᵃ − g. This is the
-mathematics of the papers. In this form d is exactly g where the two gradients are
-equal, and loses no digits where they are almost equal.
+`blend` and `gsam` compute g or gᵃ plus something built on gᵃ − g. This is equal to the
+formulas of the papers. But in this form d is exactly g if the two gradients are equal,
+and loses no digits if they are almost equal.
 """
 
 from sam_optax.methods._descent import blend

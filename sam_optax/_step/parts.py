@@ -75,7 +75,7 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
 class Cadence(NamedTuple):
     """Four small functions that decide when, and what happens in between.
 
-    All of them see the mean gradient over groups and devices, so that every replica
+    The last three see the mean gradient over groups and devices, so that every replica
     decides alike.
 
     Attributes:

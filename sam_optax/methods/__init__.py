@@ -6,7 +6,7 @@ joins them.
 """
 
 # isort: off
-# To import a file records its methods, and the tables list them in this order.
+# Importing a file records its methods, and the tables list them in this order.
 from sam_optax.methods._k_sam import k_sam as k_sam
 from sam_optax.methods._sam import sam as sam
 from sam_optax.methods._asam import asam as asam

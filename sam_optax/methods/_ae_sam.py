@@ -28,15 +28,15 @@ def when_steep(
 ) -> Cadence:
     """Takes the second gradient where ‖g‖² is large compared with recent steps.
 
-    The equation is that of the method `ae_sam`. On the other steps, d = g.
+    The method `ae_sam` has the equation. On the other steps, d = g.
 
     Args:
       threshold: c_t, a number, a schedule of the step, or a traced scalar.
       decay: δ in [0, 1). Default 0.9, from AE-SAM's paper.
 
     Returns:
-      A cadence. The compiled program makes the decision, so the second gradient sits in
-      a `lax.cond`.
+      A cadence. The compiled program makes the decision, so the second gradient is
+      inside a `lax.cond`.
 
     Raises:
       ValueError: if decay is a Python number outside [0, 1).
@@ -90,8 +90,8 @@ def ae_sam(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.
-      threshold: c_t, a number or a schedule of the step. Default 0. The paper lets it
-        run linearly from λ₂ = 1 to λ₁ = −1:
+      threshold: c_t, a number or a schedule of the step. Default 0. In the paper it
+        goes linearly from λ₂ = 1 to λ₁ = −1:
         `optax.linear_schedule(1.0, -1.0, total_steps)`.
       decay: δ in [0, 1). Default 0.9, from the paper.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.

@@ -18,13 +18,13 @@ from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 def scale_by_magnitude(
     eta: ScalarOrSchedule = 0.01, *, adaptive_mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by ASAM's normalisation operator: u ↦ T_w u, where T_w = |w| + η.
+    """Multiplies by ASAM's normalisation operator: u ↦ T_w u, with T_w = |w| + η.
 
     Args:
       eta, adaptive_mask: those of the method `asam`. Default 0.01 and None.
 
     Returns:
-      A transformation that needs the parameters. Half-precision leaves come out as
+      A transformation that needs the parameters. It returns half-precision leaves as
       float32.
 
     Raises:
@@ -91,15 +91,16 @@ def asam(
       \varepsilon = \rho \frac{T_w^2 g}{\|T_w g\|}, \qquad T_w = |w| + \eta,
       \qquad d = \nabla L(w + \varepsilon)
 
-    The neighbourhood scales with the weights. With η = 0, a rescaling of the weights
-    that leaves the loss as it is rescales ε in the same way.
+    The neighbourhood scales with the weights. With η = 0, if the weights are rescaled
+    without a change of the loss, ε is rescaled in the same way.
 
     Args:
       rho: the radius ρ = ‖T_w⁻¹ ε‖. Default 0.5, from the paper (CIFAR-10).
       eta: the offset η ≥ 0, which keeps T_w away from zero. Default 0.01, from the
         paper.
-      adaptive_mask: where False, T_w = 1. A tree of bools (or a prefix of one), or a
-        function of the parameters that returns one. The authors' code excludes biases:
+      adaptive_mask: the leaves that T_w applies to; where it is False, T_w = 1. A tree
+        of bools (or a prefix of one), or a function of the parameters that returns one.
+        The authors' code excludes biases:
         `lambda params: jax.tree.map(lambda w: w.ndim > 1, params)`. Default None: T_w
         applies to every leaf, as in the paper's equation.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.

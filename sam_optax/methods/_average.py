@@ -26,7 +26,7 @@ def advance_ema(
     step: float | jax.Array,
     starts_at_first: bool,
 ) -> EmaState:
-    """m + step · innovation, where the innovation is g − m.
+    """The next average, m + step · innovation, where the innovation is g − m.
 
     With `starts_at_first`, the first average is g itself.
     """

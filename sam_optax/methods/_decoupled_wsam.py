@@ -30,7 +30,7 @@ def set_gap_aside() -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, *, ascent_gradient=None, **extra_args):
         del state, params, extra_args
         gap = _tree.subtract(updates, ascent_gradient)
-        # 0 · gap makes d NaN where the gap is not finite: the guard sees only d.
+        # Adding 0 · gap makes d NaN if the gap is not finite: the guard sees only d.
         return _tree.add_scaled(ascent_gradient, 0, gap), gap
 
     return optax.GradientTransformationExtraArgs(
@@ -76,9 +76,8 @@ def decoupled_wsam(
       mask, guard, stochastic_rounding: passed on to `sharpness_aware`.
 
     Returns:
-      (sam, tx). `sam` is the SAM transformation, which is passed to
-      `sam_value_and_grad` and nowhere else. `tx` is the whole optimizer, which takes
-      the place of the chain.
+      (sam, tx). `sam` is the SAM transformation; pass it to `sam_value_and_grad`, and
+      nowhere else. `tx` is the whole optimizer; use it in place of a chain.
 
     Raises:
       ValueError: if rho < 0 or gamma is outside [0, 1).
@@ -127,7 +126,7 @@ def decoupled_wsam(
         new_sam_state: Any
         g, new_sam_state = sam.update(updates, sam_state, params, **extra_args)
         gap = new_sam_state.descent_state
-        if guard:  # after a bad step, the state still holds the gap of the last step
+        if guard:  # after a bad step, the state still holds the gap of the step before
             finite = _tree.all_finite(g)
             gap = jax.tree.map(lambda x: jnp.where(finite, x, 0), gap)
         updates, base_state = base.update(g, base_state, params, **extra_args)

@@ -1,4 +1,4 @@
-"""What the descents share: how to make one from a function, and the part `blend`."""
+"""A descent made from a function, and the descent `blend` that methods share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +39,8 @@ def blend(weight: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     The surrogate gap is L(w + ε) − L(w).
 
     Args:
-      weight: the weight a. It is 1 for SAM, 0 for the base optimizer, γ/(1−γ) for WSAM,
-        and 1 + λ for the perturbed loss plus λ times the gap.
+      weight: the weight a of the gap. a = 1 gives SAM, a = 0 the base optimizer,
+        a = γ/(1−γ) WSAM, and a = 1 + λ the perturbed loss plus λ times the gap.
 
     Returns:
       A descent for `sharpness_aware`.

@@ -27,7 +27,9 @@ from sam_optax.methods._selection import (
 def mask_at_random(
     keep: ScalarOrSchedule = 0.6, *, key: Key = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps every entry with probability β, and divides it by β; the mean stays.
+    """Keeps each entry with probability β and divides it by β, or sets it to zero.
+
+    The expectation of the result is the input.
 
     Args:
       keep: β in (0, 1]. Default 0.6, from ESAM's code.
@@ -73,14 +75,13 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
       S = \text{the } \gamma B \text{ examples of largest }
       \ell_i(w + \varepsilon) - \ell_i(w)
 
-    This is the selection of ESAM. Together with the method `esam` it is the whole of
-    ESAM; it works with any other method as well. loss_fn must return one loss per
-    example.
+    This is the selection of ESAM. Together with the method `esam`, it is the whole of
+    ESAM. It also works with any other method. loss_fn must return one loss per example.
 
     Args:
       gamma: the share γ of the examples, in (0, 1]. Default 0.5, from the paper.
-      as_released: whether to select one example fewer, as the authors' code does, and
-        all of them from γ = 0.99. Default False.
+      as_released: whether to select as the authors' code does: one example fewer, and
+        all of them if γ ≥ 0.99. Default False.
 
     Returns:
       A rule for the `data=` argument of `sam_value_and_grad`.
@@ -149,8 +150,9 @@ def esam(
       b_i \sim \mathrm{Bernoulli}(\beta), \qquad d = \nabla L(w + \varepsilon)
 
     This is stochastic weight perturbation, the first of the paper's two ideas. The
-    second one is to descend on the examples whose loss rises most. It is a data rule;
-    both together are `sam_value_and_grad(loss_fn, esam, data=data.largest_increase())`.
+    second is to descend on the examples whose loss rises most; the data rule
+    `largest_increase` does that. To use both, call
+    `sam_value_and_grad(loss_fn, esam, data=data.largest_increase())`.
 
     Args:
       rho: the radius ρ of the unmasked perturbation, so that ‖E ε‖ = ρ. Default 0.05,
@@ -171,7 +173,7 @@ def esam(
       Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
 
     Differences from the authors' code: they mask whole tensors, and take the norm of
-    the tensors that are kept.
+    the kept tensors only.
 
     Cost: 2 gradients a step; a key is carried.
     """

@@ -1,4 +1,4 @@
-"""Fisher SAM: the neighbourhood is an ellipsoid of the Fisher matrix."""
+"""Fisher SAM: the neighbourhood is an ellipsoid, shaped by the Fisher matrix."""
 
 from typing import Unpack
 
@@ -33,7 +33,7 @@ def scale_by_inverse_root_fisher(
 
     def part(eta):
         def divide(u, g):
-            # A hypotenuse, because the square of g can leave the range of the dtype.
+            # hypot, because the square of g can leave the range of the dtype.
             weight = jnp.sqrt(jnp.asarray(eta, u.dtype))
             return u / jnp.hypot(jnp.ones_like(u), weight * g.astype(u.dtype))
 

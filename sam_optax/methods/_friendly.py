@@ -27,8 +27,8 @@ def subtract_ema(
       m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad m_{-1} = 0, \qquad
       h_t = g_t - \sigma m_t
 
-    It is computed as h = (1−σ) g + σλ (g − m_{t−1}). This is the same, and exactly zero
-    when σ = 1 and the gradient equals its average.
+    The code computes the same h as (1−σ) g + σλ (g − m_{t−1}). In this form it is
+    exactly zero when σ = 1 and the gradient equals its average.
 
     Args:
       sigma, decay, as_released: those of the method `fsam`. Default 1, 0.9 and False.
@@ -120,8 +120,8 @@ def fsam(
       \varepsilon_t = \rho \frac{h_t}{\|h_t\|}, \quad
       d_t = \nabla L(w_t + \varepsilon_t)
 
-    with m_{−1} = 0. The average m stands for the full gradient. Without it, the
-    perturbation follows only the noise of the batch.
+    with m_{−1} = 0. The average m is an estimate of the full gradient. With m
+    subtracted, the perturbation follows only the noise of the batch.
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`. (The paper takes 0.1 on
@@ -145,9 +145,9 @@ def fsam(
       <https://arxiv.org/abs/2403.12350>`_, CVPR 2024, Algorithm 1.
 
     Differences from the authors' code, which as_released=True follows:
-      1. Their m starts at the first gradient, and nothing is subtracted on that step.
-      2. They subtract the average from before the step, h_t = g_t − σ m_{t−1}. For
-         σ = 1 this has the direction of the paper's h, for other σ it does not.
+      1. Their m starts at the first gradient, and they subtract nothing on that step.
+      2. They subtract the average from before the step, h_t = g_t − σ m_{t−1}. Only for
+         σ = 1, this h has the direction of the paper's h.
 
     Cost: 2 gradients a step; one tree is carried, in at least float32.
     """

@@ -1,4 +1,4 @@
-"""GSAM: the surrogate gap goes down as well."""
+"""GSAM: a step also lowers the surrogate gap, L(w + ε) − L(w)."""
 
 from typing import Unpack
 
@@ -47,7 +47,7 @@ def gsam_descent(
       >>> print(d)
       [ 2.  -0.4]
 
-      With ASAM's ascent, it is "ASAM + ascent" of the paper:
+      With ASAM's ascent, this descent is the paper's "ASAM + ascent":
 
       >>> import sam_optax
       >>> sam = sam_optax.sharpness_aware(
@@ -67,8 +67,8 @@ def gsam_descent(
         def descend(ga, g, perturbation, params):
             del perturbation, params
             kept = ga if minimize == "perturbed_loss" else g
-            # The part of −g orthogonal to gᵃ, or that of gᵃ orthogonal to g, is that of
-            # gᵃ − g; so computed, it is zero where the gradients agree.
+            # −g and gᵃ − g have the same part orthogonal to gᵃ; gᵃ and gᵃ − g have the
+            # same part orthogonal to g. That of gᵃ − g is zero if the gradients agree.
             residual = _tree.orthogonal_difference(ga, g, kept)
             return _tree.add_scaled(kept, alpha, residual)
 
@@ -96,8 +96,9 @@ def gsam(
       \varepsilon = \rho \frac{g}{\|g\|}, \qquad g^a = \nabla L(w + \varepsilon), \qquad
       d = g^a - \alpha \, (g - \mathrm{proj}_{g^a}\, g)
 
-    The step lowers the perturbed loss as SAM's does. It also lowers the surrogate gap,
-    L(w + ε) − L(w), along the part of g that leaves the perturbed loss as it is.
+    The step lowers the perturbed loss L(w + ε), as SAM's step does. It also lowers the
+    surrogate gap, L(w + ε) − L(w), along a direction orthogonal to gᵃ, in which the
+    perturbed loss does not change to first order.
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`. The paper ties it to the
@@ -144,7 +145,7 @@ def sam_plus_gap(
       d = g^a + \lambda \, (g^a - g)
 
     This is the gradient of L(w + ε) + λ (L(w + ε) − L(w)). The GSAM paper compares GSAM
-    with it in section 4.1, because the two terms conflict.
+    with it in section 4.1, and argues that the gradients of the two terms can conflict.
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.

@@ -30,7 +30,8 @@ def k_sam(k: int) -> DataRule:
 
     Args:
       k: the number of examples, a Python integer from 1 to the size of the batch. With
-        groups of examples or several devices, it is the number in each of them.
+        groups of examples or several devices, k is the number in each group, or on each
+        device.
 
     Returns:
       A rule for the `data=` argument of `sam_value_and_grad`.

@@ -27,8 +27,8 @@ def every_k(k: int) -> Cadence:
       k: the period, a Python integer >= 1.
 
     Returns:
-      A cadence. The compiled program makes the decision, so the second gradient sits in
-      a `lax.cond`. To compile one program for each kind of step instead, pass
+      A cadence. The compiled program makes the decision, so the second gradient is
+      inside a `lax.cond`. To compile one program for each kind of step instead, pass
       `ascend=step % k == 0` as a Python bool.
 
     Raises:
@@ -56,9 +56,10 @@ class ReuseState(NamedTuple):
 def every_k_reusing(
     k: int, alpha: ScalarOrSchedule = 0.7, *, per_tensor: bool = False
 ) -> Cadence:
-    """Takes the second gradient on every k-th step, and reuses a direction of it.
+    """Takes the second gradient on every k-th step, and reuses it in between.
 
-    The equation is that of the method `look_sam`.
+    The steps in between use a direction v that is kept from it; the method `look_sam`
+    has the equation.
 
     Args:
       k: the period, a Python integer >= 1.
@@ -78,8 +79,8 @@ def every_k_reusing(
         return jax.tree.map(function, *trees) if per_tensor else function(*trees)
 
     def direction_of(d, g):
-        # The part of gᵃ − g orthogonal to g is that of gᵃ, and loses fewer digits. It
-        # counts as zero where it is only rounding of gᵃ.
+        # gᵃ − g and gᵃ have the same part orthogonal to g; computed from gᵃ − g, it
+        # loses fewer digits. It counts as zero if it is only rounding error of gᵃ.
         return _tree.unit_unless_rounding_of(d, _tree.orthogonal_difference(d, g, g))
 
     def init(params):
@@ -121,7 +122,7 @@ def look_sam(
     per_tensor: bool = False,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LookSAM: SAM on every k-th step, whose direction is reused in between.
+    r"""LookSAM: SAM on every k-th step, and reuse of its direction in between.
 
     .. math::
       v = g^a - \mathrm{proj}_g\, g^a \ \text{ every k-th step}, \qquad
@@ -146,8 +147,8 @@ def look_sam(
       <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
 
     Differences from third-party code:
-      1. Its norms are per tensor, which per_tensor=True follows.
-      2. It adds an epsilon of 1e-8. Here a v that is only rounding counts as zero.
+      1. It takes norms per tensor, as per_tensor=True does here.
+      2. It adds an epsilon of 1e-8. Here v counts as zero if it is only rounding error.
 
     Cost: 1 + 1/k gradients a step; one tree is carried, in at least float32.
     """
@@ -166,7 +167,7 @@ def look_sam(
 def sam_every_k(
     rho: ScalarOrSchedule = 0.05, k: int = 5, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAM on every k-th step, the base optimizer in between.
+    r"""SAM on every k-th step, and the base optimizer alone in between.
 
     .. math::
       d = \nabla L(w + \rho g/\|g\|) \ \text{ every k-th step}, \qquad
@@ -201,7 +202,8 @@ def sam_every_k(
 
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-      <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, which compares LookSAM with it.
+      <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
+      The paper compares LookSAM with this method.
 
     Differences from the authors' code: none is published for this variant.
 

@@ -30,7 +30,7 @@ def ascend_repeatedly(
 
     Returns:
       A transformation. If n > 1, it needs `grad_fn=` and the parameters, and takes
-      n − 1 gradients.
+      n − 1 gradients besides g.
 
     Raises:
       ValueError: if steps is not a positive integer, or, from `update`, if params or
@@ -83,7 +83,8 @@ def multi_step_sam(
       \varepsilon_0 = 0, \qquad d = \nabla L(w + \varepsilon_n)
 
     Args:
-      rho: the radius ρ ≥ ‖ε‖ that the n steps share. Default 0.05, that of `sam`.
+      rho: the radius ρ ≥ ‖ε‖; each of the n steps has the length ρ/n. Default 0.05,
+        that of `sam`.
       steps: the number n of ascent steps, a Python integer >= 1. Default 2.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 

@@ -1,4 +1,4 @@
-"""What the parts that draw random numbers share."""
+"""Parts that draw random numbers: their state, and how to make one."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +21,7 @@ def noisy(
 ) -> optax.GradientTransformationExtraArgs:
     """A part from a function (key, updates) -> updates, with a new key on every step.
 
-    The key is folded with the index of the group, so that every group of examples draws
+    The index of the group is folded into the key, so that every group of examples draws
     its own numbers.
     """
     keys = key_stream(key)

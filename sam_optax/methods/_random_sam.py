@@ -1,4 +1,4 @@
-"""Random SAM and R-SAM: the perturbation is, or starts with, Gaussian noise."""
+"""Random SAM and R-SAM: the perturbation is Gaussian noise, or starts from it."""
 
 import math
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def ascend_from_noise(
 
     Args:
       ascent: an ascent, such as `ascents.sam(rho)`.
-      sigma: root of the expected squared norm of δ. Default 0.05.
+      sigma: σ, the root of the expected squared norm of δ. Default 0.05.
       key: an int, a typed key or a legacy one. Default 0.
 
     Returns:
@@ -137,13 +137,13 @@ def random_sam(
     for p parameters.
 
     Args:
-      rho: root of the expected squared norm, E‖ε‖² = ρ². Default 0.05, that of `sam`.
-        The loss hardly rises along a random direction: to raise it as much as SAM does,
-        ρ must grow with √p.
+      rho: ρ, the root of the expected squared norm: E‖ε‖² = ρ². Default 0.05, that of
+        `sam`. The loss hardly rises along a random direction: to raise it as much as
+        SAM does, ρ must grow with √p.
       normalized: whether to put ε on the sphere, ‖ε‖ = ρ. Default False.
       key: an int, a typed key or a legacy one. Default 0.
-      guard: passed on to `sharpness_aware`. Default False, because the guard checks the
-        gradient at w, which would have to be computed for it. The method carries
+      guard: passed on to `sharpness_aware`. Default False: the guard checks the
+        gradient at w, which would then have to be computed, and the method carries
         nothing that needs a guard.
       mask, stochastic_rounding: passed on to `sharpness_aware`.
 
@@ -203,7 +203,7 @@ def rsam(
 
     Args:
       rho: the radius ρ = ‖ε − δ‖. Default 0.05, that of `sam`.
-      sigma: root of the expected squared norm of δ. Default 0.05, as rho.
+      sigma: σ, the root of the expected squared norm of δ. Default 0.05, like rho.
       key: an int, a typed key or a legacy one. Default 0.
       guard: passed on to `sharpness_aware`. Default False, as for `random_sam`.
       mask, stochastic_rounding: passed on to `sharpness_aware`.
@@ -219,7 +219,7 @@ def rsam(
       <https://openreview.net/forum?id=htUvh7xPoa>`_, NeurIPS 2022.
 
     Differences from the paper: its noise is scaled with the weights, filter by filter.
-    Here all entries have one variance.
+    Here all entries have the same variance.
 
     Cost: 2 gradients a step, and a forward pass for the loss; a key is carried.
     """

@@ -21,7 +21,7 @@ class Method:
       make: the function that builds the transformation. All its arguments have
         defaults.
       title: the name in words.
-      equation: the method in one line. Where it does not mention d, d = gᵃ.
+      equation: the method in one line. If it does not mention d, d = gᵃ.
       radius: the quantity that equals rho.
       cost: the gradients of a step, as text for tables.
       source: the publication, such as "Foret 2021".
@@ -59,10 +59,10 @@ class FurtherMethod:
     """What there is to know about a method that is not a transformation.
 
     Attributes:
-      make: the public function of this name.
+      make: the public function.
       title: the name in words.
       equation: the method in one line.
-      use: where the value that `make` returns goes.
+      use: where to put the value that `make` returns.
       cost: the gradients of a step, as text for tables.
       source: the publication, or "".
       url: its link, or "".
@@ -96,11 +96,12 @@ def record(
 ) -> Callable[[_Function], _Function]:
     """A decorator that puts a method into `METHODS`, under the function's name.
 
-    It also writes the function's `**options` out in its signature, where `help` and
-    `optax.inject_hyperparams` look for the arguments. If `**options` is annotated with
-    an unpacked TypedDict, its keys are listed; otherwise all keyword arguments of
-    `sharpness_aware` that the function does not name itself. A method that sets its own
-    descent or cadence needs the annotation, so that these two are not listed::
+    It also replaces `**options` in the function's signature by the arguments that it
+    stands for, because `help` and `optax.inject_hyperparams` look there. If `**options`
+    is annotated with an unpacked TypedDict, these are the keys of the TypedDict.
+    Otherwise they are all keyword arguments of `sharpness_aware` that the function does
+    not name itself. A method that sets its own descent or cadence needs the annotation,
+    so that these two are not listed::
 
         @methods.record(title="My SAM", equation="ε = ρ g/‖g‖", source="Me 2026")
         def my_sam(rho=0.05, **options: Unpack[methods.Options]):
@@ -113,9 +114,9 @@ def record(
       radius: the quantity that equals rho. Default "‖ε‖".
       source: the publication, such as "Foret 2021".
       url: its link. Default "": none.
-      gradients: the number of gradients that a step takes on average. It is a number,
-        or a function of those of the method's arguments that it depends on, such as
-        `lambda k: 1 + 1 / k`. Default 2.
+      gradients: the number of gradients that a step takes on average. If it depends on
+        arguments of the method, a function of these, such as `lambda k: 1 + 1 / k`.
+        Default 2.
       cost: the same as text for tables. Default None: the number.
 
     Returns:
@@ -123,7 +124,7 @@ def record(
 
     Raises:
       ValueError: from the decorator, if another function has registered the same name.
-        To define the same function again, as in a notebook, replaces its record.
+        If you define the same function again, as in a notebook, its record is replaced.
       TypeError: if gradients is a function and cost is missing.
     """
     if cost is None:
@@ -151,7 +152,7 @@ def record_further(
     url: str = "",
     cost: str,
 ) -> Callable[[_Function], _Function]:
-    """The same for `FURTHER_METHODS`. The signature of the function stays as it is."""
+    """Like `record`, for `FURTHER_METHODS`; the function keeps its signature."""
 
     def register(make: _Function) -> _Function:
         _check_name(make)

@@ -1,4 +1,4 @@
-"""Randomized SAM training: each step draws whether it is SAM's."""
+"""Randomized SAM training: each step is SAM's with a given probability."""
 
 import math
 from typing import NamedTuple, Unpack
@@ -30,9 +30,9 @@ def at_random(probability: ScalarOrSchedule, *, key: Key = 0) -> Cadence:
       key: an int, a typed key or a legacy one. Default 0.
 
     Returns:
-      A cadence. The compiled program makes the decision, so the second gradient sits in
-      a `lax.cond`. To compile one program for each kind of step instead, draw in Python
-      and pass the result as `ascend=`.
+      A cadence. The compiled program makes the decision, so the second gradient is
+      inside a `lax.cond`. To compile one program for each kind of step instead, draw in
+      Python and pass the result as `ascend=`.
 
     Raises:
       ValueError: if probability is a Python number outside [0, 1].

@@ -67,16 +67,17 @@ def saf(
 
     Args:
       num_examples: the size of the training set.
-      num_outputs: the number of outputs, which is that of classes.
-      lag: how many visits of an example ago z′ was stored (Ẽ). Default 3, from the
-        authors' code. For an example that was visited less often, the term is 0.
+      num_outputs: the number of outputs of the model, which is that of classes.
+      lag: the number of visits of an example since z′ was stored (Ẽ in the paper).
+        Default 3, from the authors' code. The term is 0 for an example that was visited
+        fewer times.
       weight: λ. Default 0.3, from the authors' code.
       temperature: τ. Default 5, from the paper.
       start: the first step on which the term counts. Default 0; the paper waits for 5
         epochs.
       stop: the step from which it no longer counts. Default None: it always counts.
-      dtype: of the stored outputs, which are num_examples · lag · num_outputs numbers.
-        Default float32.
+      dtype: the dtype of the num_examples · lag · num_outputs stored numbers. Default
+        float32.
 
     Returns:
       A `TrajectoryLoss`:
@@ -118,7 +119,8 @@ def saf(
     Differences from the authors' code:
       1. Their lag counts epochs of the training. Here it counts visits of the example,
          which is the same where every epoch visits every example once.
-      2. They compare an example that was not yet visited with an output of zeros.
+      2. They compare an example that was not visited before with outputs of zero. Here
+         it has no term.
 
     Cost: 1 gradient.
     """
@@ -200,7 +202,8 @@ def mesa(
     instead of stored outputs.
 
     Args:
-      decay: β in [0, 1). Default 0.9995, from the paper. With few steps, take less.
+      decay: β in [0, 1). Default 0.9995, from the paper. For a training of few steps,
+        take a smaller one.
       weight: λ. Default 0.8, from the paper's ImageNet runs.
       temperature: τ. Default 5, from the paper.
       start: the first step on which the term counts. Default 0; the paper waits for 5

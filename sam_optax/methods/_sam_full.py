@@ -1,4 +1,4 @@
-"""SAM-full and SAM-noise: F-SAM's paper splits g along the full gradient."""
+"""SAM-full and SAM-noise: the parts of g along the full gradient and beside it."""
 
 from collections.abc import Callable
 from typing import Unpack
@@ -23,9 +23,9 @@ def project_on_full_gradient(
       u = \mathrm{proj}_{\nabla L}\, g
 
     Args:
-      decay: λ in [0, 1). A moving average of g with this λ stands in for the full
-        gradient, unless the update gets that as the extra argument `full_gradient=`.
-        Default 0.9, that of `fsam`.
+      decay: λ in [0, 1). A moving average of g with this λ takes the place of the full
+        gradient, unless you pass the update the full gradient itself, as the extra
+        argument `full_gradient=`. Default 0.9, that of `fsam`.
 
     Returns:
       A transformation that carries the average, in at least float32.
@@ -44,7 +44,7 @@ def subtract_projection_on_full_gradient(
     .. math::
       u = g - \mathrm{proj}_{\nabla L}\, g
 
-    Its argument, result and errors are those of `project_on_full_gradient`.
+    It has the argument, result and errors of `project_on_full_gradient`.
     """
     return _part_of(_tree.orthogonal, decay)
 
@@ -62,8 +62,8 @@ def _part_of(
             innovation = _tree.subtract(g, state.gradient_ema)
             state = advance_ema(state, innovation, 1 - decay, starts_at_first=False)
             known = state.gradient_ema if full_gradient is None else full_gradient
-            # Where g lies along the full gradient, g minus its projection is rounding.
-            # The norm that follows would scale it up to a direction.
+            # If g lies along the full gradient, g minus its projection is only rounding
+            # error, which the norm that follows would scale up to a direction.
             return _tree.zero_if_rounding_of(g, component(g, known)), state
 
         return optax.GradientTransformationExtraArgs(start_ema, update_fn)
@@ -107,8 +107,8 @@ def sam_full(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.
-      decay: λ of the moving average that stands in for the full gradient. To use the
-        full gradient itself, pass it to the update as `full_gradient=`; through
+      decay: λ of the moving average that takes the place of the full gradient. To use
+        the full gradient itself, pass it to the update as `full_gradient=`; through
         `sam_value_and_grad`, as `extra_args={"full_gradient": ...}`. Default 0.9, that
         of `fsam`.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
@@ -152,8 +152,8 @@ def sam_noise(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.
-      decay: as for `sam_full`, which also says how to pass the full gradient. Default
-        0.9.
+      decay: that of `sam_full`, whose docstring says how to pass the full gradient.
+        Default 0.9.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:

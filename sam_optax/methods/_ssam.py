@@ -30,7 +30,8 @@ def keep_largest_fisher(
 ) -> optax.GradientTransformationExtraArgs:
     """Zeroes all but the entries with the largest squared gradient, as SSAM-F does.
 
-    A carried mask says which these are. A refresh makes it anew from g².
+    A mask in the state says which entries these are. On some steps, a refresh makes
+    the mask anew from g².
 
     Args:
       sparsity: the fraction s in [0, 1) of the entries that are zeroed. Default 0.5,
@@ -39,7 +40,7 @@ def keep_largest_fisher(
 
     Returns:
       A transformation that carries the mask. It takes g from the extra argument
-      `ascent_gradient=`, or, where that is missing, its input for g.
+      `ascent_gradient=`; without this argument, it takes its input for g.
 
     Raises:
       ValueError: if sparsity is outside [0, 1), or refresh_every is not a positive
@@ -60,16 +61,16 @@ def drop_and_grow(
     refresh_every: int = 100,
     key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Zeroes all but a mask that changes by dynamic sparse training, as SSAM-D does.
+    """Zeroes all entries outside a mask that is partly redrawn, as SSAM-D does.
 
-    The first mask is random. On a refresh, the share `drop` of the kept entries, those
-    with the smallest gradient, leaves the mask. As many other entries, drawn at random,
-    enter it.
+    The first mask is random. A refresh removes the share `drop` of the entries from the
+    mask, those with the smallest gradient, and puts as many other entries, drawn at
+    random, in their place. This is called dynamic sparse training.
 
     Args:
       sparsity, refresh_every: as for `keep_largest_fisher`.
       drop: the share of the kept entries that is exchanged, a number from 0 to 1 or a
-        schedule of the step. (The paper lets it decay along a cosine.) Default 0.5.
+        schedule of the step. (In the paper it decays along a cosine.) Default 0.5.
       key: an int, a typed key or a legacy one. Default 0.
 
     Returns:
@@ -110,8 +111,8 @@ def _masked_by(
     def init_fn(params):
         scores = _tree.uniform_like(keys.next(keys.start())[0], params)
         mask = _keep_largest(scores, kept(_tree.size(params)))
-        # An array's layout on a mesh can be part of its type. By an operation with the
-        # parameters that changes nothing, the mask gets theirs.
+        # An array's layout on a mesh can be part of its type. This operation changes
+        # no entry, but gives the mask the layout of the parameters.
         mask = jax.tree.map(lambda keep, w: keep & ~(abs(w) < 0), mask, params)
         return SparseState(jnp.zeros((), jnp.int32), keys.start(), mask)
 
@@ -191,7 +192,7 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
 
 
 def _greatest(is_true: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
-    """The greatest unsigned integer for which a predicate holds that holds up to it."""
+    """The greatest unsigned integer up to which a monotone predicate holds."""
     bits = 8 * zero.dtype.itemsize
 
     def set_bit(i, found):
@@ -226,19 +227,20 @@ def ssam(
       b \in \{0, 1\}^p, \quad \textstyle\sum b = (1 - s) p, \qquad
       d = \nabla L(w + \varepsilon)
 
-    for p parameters. The mask b is carried, and changes on some steps only.
+    for p parameters. The mask b is kept in the state, and changes on some steps only.
 
     Args:
       rho: the radius ρ of the unmasked perturbation. Default 0.05, that of `sam`.
-      sparsity: the fraction s in [0, 1) that is not perturbed. Default 0.5, from the
-        paper.
+      sparsity: the fraction s in [0, 1) of the entries that are not perturbed. Default
+        0.5, from the paper.
       dynamic: False (default) is SSAM-F, which keeps the entries with the largest
         squared gradient. True is SSAM-D, which exchanges entries with a small gradient
         for random ones.
       drop: the share of the mask that SSAM-D exchanges on a refresh, a number from 0 to
         1 or a schedule of the step. Default 0.5.
       refresh_every: the number of steps between refreshes. Default 100.
-      key: of SSAM-D's random draws; an int, a typed key or a legacy one. Default 0.
+      key: the key of SSAM-D's random draws: an int, a typed key or a legacy one.
+        Default 0.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -264,8 +266,8 @@ def ssam(
       Approach <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022.
 
     Differences from the authors' code:
-      1. The Fisher matrix is the squared gradient of the batch of the refresh. Theirs
-         is an average over single examples.
+      1. Here the Fisher matrix is the squared gradient of one batch, that of the step
+         of the refresh. Theirs is an average over single examples.
       2. The mask is in use from the first step on. Theirs perturbs nothing before its
          first refresh.
 

@@ -1,4 +1,4 @@
-"""StableSAM: the descent gradient gets the norm of the gradient at w."""
+"""StableSAM: the descent gradient is rescaled to the norm of the gradient at w."""
 
 import math
 from typing import Unpack
@@ -33,7 +33,8 @@ def renormalize(
       minimum: lower bound of the factor γ. Default 0: no bound.
       maximum: upper bound of the factor. Default infinity: no bound. The paper's Remark
         19 takes γ₀ and √γ₀ as the two bounds, for some γ₀ < 1. With a maximum of 1, d
-        is never longer than gᵃ. Where a bound applies, d is not g even if gᵃ is.
+        is never longer than gᵃ. Where a bound changes the factor, d differs from g even
+        if gᵃ = g.
       weighted: whether the norms weigh the entries of g by |w| and those of gᵃ by
         |w + ε|, as the authors' code does in its adaptive form. Default False.
 
@@ -168,8 +169,8 @@ def stable_asam(
       Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024, section 5.3.
 
     Differences from the authors' code:
-      1. Their factor is ‖ |w| g ‖ / ‖ |w + ε| gᵃ ‖, so that d is not g where the two
-         gradients agree. as_released=True follows it.
+      1. Their factor is ‖ |w| g ‖ / ‖ |w + ε| gᵃ ‖, so their d differs from g even if
+         gᵃ = g. as_released=True does the same.
       2. Their η is 0.
 
     Cost: 2 gradients a step; no tree is carried.
@@ -199,7 +200,7 @@ def stable_usam(
       \varepsilon = \rho g, \qquad d = \frac{\|g\|}{\|g^a\|} g^a
 
     Args:
-      rho: ρ = ‖ε‖/‖g‖, which is the size of an ascent step. Default 0.05, that of
+      rho: ρ = ‖ε‖/‖g‖, which is the step size of the ascent. Default 0.05, that of
         `usam`.
       minimum, maximum: bounds of the factor ‖g‖/‖gᵃ‖, as for `descents.renormalize`.
         Default 0 and infinity: none.

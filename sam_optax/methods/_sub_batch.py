@@ -16,15 +16,15 @@ from sam_optax.methods._selection import check_count, check_fraction, count_of
     cost="1 + fraction",
 )
 def sub_batch(fraction: float) -> DataRule:
-    r"""Makes ε from a part of the batch; the descent gradient is that of all of it.
+    r"""Makes ε from a part of the batch, and descends on the whole batch.
 
     .. math::
       \varepsilon = \mathrm{ascent}(\nabla L_S(w)), \qquad S \subset B, \qquad
       g^a = \nabla L_B(w + \varepsilon)
 
-    The part S is evenly spread over the batch: a quarter is every fourth example. The
-    step returns the loss and auxiliary output of S, because it does not evaluate the
-    other examples at w.
+    The examples of S are spread evenly over the batch: a quarter is every fourth one.
+    The step returns the loss and auxiliary output of S, because it does not evaluate
+    the other examples at w.
 
     Args:
       fraction: the share of the examples, in (0, 1].
@@ -50,8 +50,8 @@ def sub_batch(fraction: float) -> DataRule:
       1.0 0.0
 
     Cost: 1 + fraction gradients on a step that ascends, if d = gᵃ. A method that
-    compares gᵃ with the gradient at w (GSAM, StableSAM, WSAM, LookSAM) also takes that
-    of the whole batch, and so does a step that does not ascend.
+    compares gᵃ with the gradient at w (GSAM, StableSAM, WSAM, LookSAM) also takes the
+    gradient of the whole batch at w, and so does a step that does not ascend.
     """
     check_fraction("fraction", fraction)
 

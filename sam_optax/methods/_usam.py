@@ -33,8 +33,8 @@ def usam(
       \varepsilon = \rho g, \qquad d = \nabla L(w + \varepsilon)
 
     Args:
-      rho: ρ = ‖ε‖/‖g‖, which is the size of an ascent step and not a radius. Default
-        0.05, the number that `sam` has; the source gives none.
+      rho: ρ = ‖ε‖/‖g‖, which is the step size of the ascent and not a radius. Default
+        0.05, the same number as for `sam`; the source gives none.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:

@@ -79,7 +79,7 @@ def vasso(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, from the paper's experiments.
-      theta: the weight θ in [0, 1] of the new gradient. It is 1 for SAM. Default 0.2;
+      theta: the weight θ in [0, 1] of the new gradient; θ = 1 gives SAM. Default 0.2;
         the authors' scripts take 0.9.
       as_released: whether m starts at the first gradient, as in the authors' code.
         Default False.
@@ -96,7 +96,7 @@ def vasso(
       Suppression <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023.
 
     Differences from the authors' code:
-      1. Their m starts at the first gradient, which as_released=True follows.
+      1. Their m starts at the first gradient, as it does here with as_released=True.
       2. No epsilon is added to the norm. Theirs is 1e-7.
 
     Cost: 2 gradients a step; one tree is carried, in at least float32.

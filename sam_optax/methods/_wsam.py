@@ -34,8 +34,8 @@ def wsam(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, from the paper's experiments.
-      gamma: γ in [0, 1). It is ½ for SAM, and 0 for the base optimizer. Default 0.9,
-        from the paper.
+      gamma: γ in [0, 1). γ = ½ gives SAM, γ = 0 the base optimizer. Default 0.9, from
+        the paper.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -88,7 +88,7 @@ def gradient_norm_penalty(
 
     Args:
       rho: the radius ρ = ‖ε‖ (r in the paper). Default 0.05, from the paper.
-      alpha: the weight α of gᵃ. It is 1 for SAM. Default 0.8, from the paper.
+      alpha: the weight α of gᵃ; α = 1 gives SAM. Default 0.8, from the paper.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
