@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "papers"))
 
 from harness import compare_pairs, describe, integer
 from loaders import load_digits
-from training import MLP, PLAIN, make_step
+from training import MLP, PLAIN, losses_of, make_step
 
 FORWARD = 1 / 3  # of a gradient: the usual count, one pass of three of equal work
 TRAIN, BATCH_SIZE, RATE = 1000, 64, 0.05
@@ -44,9 +44,7 @@ class Method(NamedTuple):
     name: str  # in sam_optax.METHODS, or PLAIN
     rho: float | None
     cost: float | None
-    data: sam_optax.data.DataRule | None = (
-        None  # the examples that the two gradients see
-    )
+    data: sam_optax.data.DataRule | None = None  # what the two gradients see
 
 
 HALF = sam_optax.data.largest_increase(0.5)
@@ -91,11 +89,6 @@ def make_data(seed: int, noise: float):
     return (x[:TRAIN], y[:TRAIN]), test
 
 
-def losses_of(params, x, y):
-    logits: Any = MODEL.apply(params, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y), logits
-
-
 def make_training(method: str, epochs: int):
     """init: params -> state; step: state, (x, y) -> state, whether it ascended."""
     name, rho, _, data = METHODS[method]
@@ -104,7 +97,8 @@ def make_training(method: str, epochs: int):
         return make_mesa(sgd)
     hyper = {} if rho is None else {"rho": rho}
     options: dict[str, Any] = {"data": data, "batch_argnums": (1, 2)}
-    init, update = make_step(lambda *a: losses_of(*a)[0], name, sgd, hyper, **options)
+    loss_fn = lambda *args: losses_of(MODEL, *args)[0]  # noqa: E731
+    init, update = make_step(loss_fn, name, sgd, hyper, **options)
 
     def step(state, batch):
         *state, _, report = update(*state, *batch)
@@ -118,7 +112,7 @@ def make_mesa(sgd):
     mesa = sam_optax.mesa(decay=0.998, start=5 * STEPS)
 
     def loss_fn(params, memory, x, y):
-        losses, logits = losses_of(params, x, y)
+        losses, logits = losses_of(MODEL, params, x, y)
         average = MODEL.apply(memory.average, x)
         return (losses + mesa.penalty(memory, logits, average)).mean()
 
@@ -144,7 +138,8 @@ def train(method: str, epochs: int, seeds: range, noise: float) -> list[float]:
 
     @jax.jit
     def percent_right(params, x, y):
-        return 100 * jnp.mean(jnp.argmax(losses_of(params, x, y)[1], axis=-1) == y)
+        _, logits = losses_of(MODEL, params, x, y)
+        return 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
     accuracies = []
     for seed in seeds:

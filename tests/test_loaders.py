@@ -1,10 +1,10 @@
 """The loaders read what the data sets are distributed as, and name damaged files."""
 
+import collections
 import gzip
 import io
-import os
+import itertools
 import pickle
-import shutil
 import tarfile
 
 import numpy as np
@@ -16,7 +16,15 @@ import loaders
 RNG = np.random.default_rng(0)
 
 
+def integers(high, *shape):
+    return RNG.integers(0, high, shape, dtype=np.uint8)
+
+
 # --- Files as they are distributed ----------------------------------------------------
+
+
+# The loader of a data set, its files as name -> bytes, and what is in them.
+Format = collections.namedtuple("Format", ["load", "files", "arrays"])
 
 
 def idx(array):
@@ -24,239 +32,130 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
 
 
-def write_mnist(directory, name=lambda part, k: f"{part}-idx{k}-ubyte", write=None):
-    """Four files; returns what is in them."""
-    arrays = []
-    for part, n in (("train", 5), ("t10k", 3)):
-        for what, shape, high in (("images", (n, 28, 28), 256), ("labels", (n,), 10)):
-            array = RNG.integers(0, high, shape, dtype=np.uint8)
-            path = directory / name(f"{part}-{what}", len(shape))
-            path.write_bytes((write or bytes)(idx(array)))
-            arrays.append(array)
-    return arrays
+def npz(**arrays):
+    np.savez(file := io.BytesIO(), **arrays)
+    return file.getvalue()
 
 
-class Cifar:
-    """The files of CIFAR-10 or -100 in one version, with two images in each."""
-
-    def __init__(self, classes, binary):
-        ten = classes == 10
-        end, suffix = ("batches-bin", ".bin") if binary else ("batches-py", "")
-        kind = "binary" if binary else "python"
-        self.classes = classes
-        self.archive = f"cifar-{classes}-{kind}.tar.gz"
-        self.folder = f"cifar-10-{end}" if ten else f"cifar-100-{kind}"
-        names = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
-        names.append("test_batch" if ten else "test")
-        self.images = RNG.integers(0, 256, (len(names), 2, 32, 32, 3), dtype=np.uint8)
-        self.labels = RNG.integers(0, classes, (len(names), 2), dtype=np.uint8)
-        parts = zip(names, self.images, self.labels, strict=True)
-        write = self._binary if binary else self._pickle
-        self.files = {name + suffix: write(x, y) for name, x, y in parts}
-        self.load = loaders.load_cifar10 if ten else loaders.load_cifar100
-
-    def _rows(self, images):
-        return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-
-    def _binary(self, images, labels):
-        columns = [labels[:, None], self._rows(images)]
-        if self.classes == 100:
-            columns.insert(0, labels[:, None] % 20)  # coarse labels come first
-        return np.concatenate(columns, axis=1).tobytes()
-
-    def _pickle(self, images, labels):
-        key = b"labels" if self.classes == 10 else b"fine_labels"
-        content = {b"data": self._rows(images), key: labels.tolist()}
-        content |= {b"filenames": [b"a.png", b"b.png"], b"batch_label": b"one"}
-        # As NumPy 1 named its module, in files of Python 2.
-        return pickle.dumps(content, 2).replace(b"numpy._core", b"numpy.core")
-
-    def write(self, directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in self.files.items():
-            (directory / name).write_bytes(data)
-
-    def write_archive(self, directory):
-        with tarfile.open(directory / self.archive, "w:gz") as tar:
-            for name, data in self.files.items():
-                member = tarfile.TarInfo(f"{self.folder}/{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-    def assert_loaded(self, directory):
-        data = self.load(directory)
-        np.testing.assert_array_equal(data.train_x, np.concatenate(self.images[:-1]))
-        np.testing.assert_array_equal(data.train_y, np.concatenate(self.labels[:-1]))
-        np.testing.assert_array_equal(data.test_x, self.images[-1])
-        np.testing.assert_array_equal(data.test_y, self.labels[-1])
-        assert data.train_y.dtype == np.int32
+def mnist(name="{}-idx{}-ubyte", pack=bytes):
+    shapes = {"train-images": (5, 28, 28), "train-labels": (5,)}
+    shapes |= {"t10k-images": (3, 28, 28), "t10k-labels": (3,)}
+    arrays = [integers(256 if len(s) > 1 else 10, *s) for s in shapes.values()]
+    names = (name.format(part, len(shape)) for part, shape in shapes.items())
+    files = dict(zip(names, (pack(idx(array)) for array in arrays), strict=True))
+    return Format(loaders.load_mnist, files, arrays)
 
 
-@pytest.fixture(params=[(10, False), (10, True), (100, False), (100, True)])
-def cifar(request):
-    return Cifar(*request.param)
+def rows(images):
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
 
 
-# --- They are read --------------------------------------------------------------------
+def python(images, labels, classes):
+    content = {b"data": rows(images), b"filenames": [b"a.png"], b"batch_label": b"one"}
+    content[b"labels" if classes == 10 else b"fine_labels"] = labels.tolist()
+    # As NumPy 1 named its module, in files of Python 2.
+    return pickle.dumps(content, 2).replace(b"numpy._core", b"numpy.core")
 
 
-def test_mnist_is_read_gzipped_or_not_and_by_both_names(tmp_path):
-    cases = [
-        ({}, "plain"),
-        ({"name": lambda part, k: f"{part}.idx{k}-ubyte"}, "dots"),
-        (
-            {"name": lambda part, k: f"{part}-idx{k}-ubyte.gz", "write": gzip.compress},
-            "gz",
-        ),
-    ]
-    for options, name in cases:
-        directory = tmp_path / name
-        directory.mkdir()
-        expected = write_mnist(directory, **options)
-        for actual, array in zip(loaders.load_mnist(directory), expected, strict=True):
-            np.testing.assert_array_equal(actual, array)
-        images, labels = loaders.load_mnist_test(str(directory))
-        np.testing.assert_array_equal(images, expected[2])
-        np.testing.assert_array_equal(labels, expected[3])
+def binary(images, labels, classes):
+    coarse = [labels[:, None] % 20] if classes == 100 else []
+    return np.concatenate([*coarse, labels[:, None], rows(images)], axis=1).tobytes()
 
 
-def test_mnist_test_set_is_read_from_npz(tmp_path):
-    image = RNG.integers(0, 256, (4, 28, 28), dtype=np.uint8)
-    label = np.array([3, 1, 4, 1], np.uint8)
-    np.savez_compressed(tmp_path / "mnist_t10k.npz", image=image, label=label)
-    images, labels = loaders.load_mnist_test(tmp_path)
-    np.testing.assert_array_equal(images, image)
-    np.testing.assert_array_equal(labels, label)
+def tar(files):
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
 
 
-def test_cifar_is_read_from_the_archive_and_unpacked(cifar, tmp_path):
-    for name in ("archive", "folder", "inside"):
-        (tmp_path / name).mkdir()
-    cifar.write_archive(tmp_path / "archive")
-    cifar.write(tmp_path / "folder" / cifar.folder)
-    cifar.write(tmp_path / "inside")
-    for name in ("archive", "folder", "inside"):
-        cifar.assert_loaded(tmp_path / name)
+def cifar(folder, encode, place):
+    classes, ten = int(folder.split("-")[1]), folder.startswith("cifar-10-")
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    names = names if ten else ["train", "test"]
+    images = integers(256, len(names), 2, 32, 32, 3)
+    labels = integers(classes, len(names), 2)
+    prefix = "" if place == "inside" else f"{folder}/"
+    suffix = ".bin" if encode is binary else ""
+    parts = zip(names, images, labels, strict=True)
+    files = {f"{prefix}{k}{suffix}": encode(x, y, classes) for k, x, y in parts}
+    if place == "archive":
+        files = {f"cifar-{classes}-{encode.__name__}.tar.gz": tar(files)}
+    train = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
+    load = loaders.load_cifar10 if ten else loaders.load_cifar100
+    return Format(load, files, [*train, images[-1], labels[-1]])
 
 
-def jpegs(n):
-    files = []
-    for level in range(n):
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32), (40 * level, 10, 200)).save(file, "JPEG")
-        files.append(file.getvalue())
-    return files
-
-
-def write_jpegs(directory, damage=lambda data: data):
-    arrays = {}
+def jpegs(cut=None):
+    arrays, expected = {}, []
     for part, n in (("train", 4), ("test", 2)):
-        files = jpegs(n)
-        data = np.frombuffer(damage(b"".join(files)), np.uint8)
-        offset = np.cumsum([0, *map(len, files)])
-        label = np.arange(n, dtype=np.uint8)
-        parts = {"jpeg": data, "offset": offset, "label": label}
-        arrays |= {f"{part}_{key}": array for key, array in parts.items()}
-    np.savez(directory / "cifar10_jpeg.npz", **arrays)
+        files = []
+        for level in range(n):
+            image = Image.new("RGB", (32, 32), (40 * level, 10, 200))
+            image.save(file := io.BytesIO(), "JPEG")
+            files.append(file.getvalue())
+        colours = np.array([[40 * level, 10, 200] for level in range(n)])
+        expected += [np.tile(colours[:, None, None], (1, 32, 32, 1)), np.arange(n)]
+        arrays[f"{part}_jpeg"] = np.frombuffer(b"".join(files)[:cut], np.uint8)
+        arrays[f"{part}_offset"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{part}_label"] = np.arange(n, dtype=np.uint8)
+    return Format(loaders.load_cifar10, {"cifar10_jpeg.npz": npz(**arrays)}, expected)
 
 
-def test_cifar_is_read_from_jpegs(tmp_path):
-    write_jpegs(tmp_path)
-    data = loaders.load_cifar10(tmp_path)
-    assert data.train_x.shape == (4, 32, 32, 3)
-    assert data.train_y.tolist() == [0, 1, 2, 3]
-    assert data.test_y.tolist() == [0, 1]
-    means = data.train_x.mean(axis=(1, 2))
-    expected = [[40 * level, 10, 200] for level in range(4)]
-    np.testing.assert_allclose(means, expected, atol=4)  # JPEG is lossy
+TEST = [integers(256, 4, 28, 28), np.array([3, 1, 4, 1], np.uint8)]
+NPZ = {"mnist_t10k.npz": npz(image=TEST[0], label=TEST[1])}
+FORMATS = {
+    "mnist": mnist(),
+    "mnist, dots": mnist("{}.idx{}-ubyte"),
+    "mnist, gzipped": mnist("{}-idx{}-ubyte.gz", gzip.compress),
+    "mnist, npz": Format(loaders.load_mnist_test, NPZ, TEST),
+    "jpegs": jpegs(),
+}
+VERSIONS = {"cifar-10-batches-py": python, "cifar-10-batches-bin": binary}
+VERSIONS |= {"cifar-100-python": python, "cifar-100-binary": binary}
+for (folder, encode), place in itertools.product(
+    VERSIONS.items(), ("folder", "inside", "archive")
+):
+    FORMATS[f"{folder}, {place}"] = cifar(folder, encode, place)
+
+
+def write(files, directory):
+    for name, data in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read(name, tmp_path):
+    load, files, arrays = FORMATS[name]
+    write(files, tmp_path)
+    found = load(str(tmp_path))
+    assert [array.dtype for array in found] == [np.uint8, np.int32] * (len(arrays) // 2)
+    for array, expected in zip(found, arrays, strict=True):
+        lossy = 4 if name == "jpegs" and array.ndim > 1 else 0
+        np.testing.assert_allclose(array, expected, rtol=0, atol=lossy)
 
 
 # --- Damage is named ------------------------------------------------------------------
 
 
-def assert_reported(load, directory, *words):
+def assert_named(load, directory, *words):
     with pytest.raises(loaders.DataError) as error:
         load(directory)
-    message = str(error.value)
-    assert str(directory) in message
-    for word in words:
-        assert word in message, message
-
-
-def test_missing_files_are_named(tmp_path):
-    assert_reported(loaders.load_mnist, tmp_path, "train-images-idx3-ubyte", ".gz")
-    assert_reported(
-        loaders.load_cifar10, tmp_path, "cifar-10-python.tar.gz", "cifar-10-batches-bin"
-    )
-    assert_reported(loaders.load_cifar100, tmp_path, "cifar-100-binary.tar.gz")
-    cifar = Cifar(10, binary=False)
-    cifar.write(tmp_path / cifar.folder)
-    (tmp_path / cifar.folder / "data_batch_1").unlink()
-    assert_reported(cifar.load, tmp_path, "data_batch_1", "no such file")
-    del cifar.files["test_batch"]
-    shutil.rmtree(tmp_path / cifar.folder)
-    cifar.write_archive(tmp_path)
-    assert_reported(cifar.load, tmp_path, cifar.archive, "test_batch")
-
-
-def truncate(path, keep=0.5):
-    os.truncate(path, int(keep * path.stat().st_size))
+    for word in (str(directory), *words):
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [0, 0.001, 0.7])
-def test_truncated_files_are_named(cifar, keep, tmp_path):
-    folder = tmp_path / cifar.folder
-    cifar.write(folder)
-    name = next(iter(cifar.files))
-    truncate(folder / name, keep)
-    assert_reported(cifar.load, tmp_path, str(folder / name), "expected")
-    shutil.rmtree(folder)
-    cifar.write_archive(tmp_path)
-    truncate(tmp_path / cifar.archive, keep)
-    assert_reported(cifar.load, tmp_path, cifar.archive, "expected a gzipped tar")
-
-
-@pytest.mark.parametrize("keep", [0, 0.001, 0.7])
-def test_truncated_mnist_is_named(keep, tmp_path):
-    write_mnist(tmp_path)
-    truncate(tmp_path / "t10k-images-idx3-ubyte", keep)
-    words = ("t10k-images-idx3-ubyte", "expected")
-    assert_reported(loaders.load_mnist_test, tmp_path, *words)
-    named = {"name": lambda part, k: f"{part}-idx{k}-ubyte.gz", "write": gzip.compress}
-    for path in tmp_path.iterdir():
-        path.unlink()
-    write_mnist(tmp_path, **named)
-    truncate(tmp_path / "t10k-labels-idx1-ubyte.gz", keep)
-    assert_reported(loaders.load_mnist_test, tmp_path, "t10k-labels", "expected")
-
-
-def test_files_of_another_kind_are_named(tmp_path):
-    write_mnist(tmp_path)
-    shutil.copy(
-        tmp_path / "t10k-labels-idx1-ubyte", tmp_path / "t10k-images-idx3-ubyte"
-    )
-    assert_reported(loaders.load_mnist_test, tmp_path, "00000801", "00000803")
-    write_mnist(tmp_path)
-    shutil.copy(
-        tmp_path / "train-labels-idx1-ubyte", tmp_path / "t10k-labels-idx1-ubyte"
-    )
-    assert_reported(loaders.load_mnist_test, tmp_path, "5 labels, expected 3")
-    labels = idx(np.array([1, 10, 2], np.uint8))
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
-    assert_reported(loaders.load_mnist_test, tmp_path, "not integers from 0 to 9")
-
-
-def test_damaged_npz_are_named(tmp_path):
-    (tmp_path / "mnist_t10k.npz").write_bytes(b"no zip file")
-    assert_reported(loaders.load_mnist_test, tmp_path, "mnist_t10k.npz", "image, label")
-    np.savez(tmp_path / "mnist_t10k.npz", image=np.zeros((1, 28, 28), np.uint8))
-    assert_reported(loaders.load_mnist_test, tmp_path, "mnist_t10k.npz", "label")
-    np.savez(
-        tmp_path / "mnist_t10k.npz", image=np.zeros((1, 28)), label=np.zeros(1, int)
-    )
-    assert_reported(loaders.load_mnist_test, tmp_path, "float64", "expected uint8")
-    write_jpegs(tmp_path, damage=lambda data: data[:-300])
-    assert_reported(loaders.load_cifar10, tmp_path, "cifar10_jpeg.npz", "JPEG")
+@pytest.mark.parametrize("name", FORMATS)
+def test_truncated_files_are_named(name, keep, tmp_path):
+    load, files, _ = FORMATS[name]
+    first, data = next(iter(files.items()))
+    write(files | {first: data[: int(keep * len(data))]}, tmp_path)
+    form = "expected a gzipped tar" if first.endswith("tar.gz") else "expected"
+    assert_named(load, tmp_path, first, form)
 
 
 def code():
@@ -268,19 +167,49 @@ class Malice:
         return code, ()
 
 
-MALICE = [Malice(), np.array([Malice()]), code]
+def pickled(data):
+    return {"data_batch_1": pickle.dumps(data, 2)}
 
 
-@pytest.mark.parametrize("data", MALICE, ids=["call", "in an array", "function"])
-def test_pickles_that_ask_for_more_than_arrays_are_refused(data, tmp_path):
-    cifar = Cifar(10, binary=False)
-    cifar.files["data_batch_1"] = pickle.dumps({b"data": data, b"labels": [0]}, 2)
-    cifar.write(tmp_path)
-    assert_reported(cifar.load, tmp_path, "data_batch_1", "asks for test_loaders.code")
+PY = "cifar-10-batches-py"
+FOLDER, INSIDE, ARCHIVE = (
+    f"{PY}, {place}" for place in ("folder", "inside", "archive")
+)
+NO_TEST = {k: v for k, v in FORMATS[FOLDER].files.items() if "test" not in k}
+IMAGES, LABELS, ONE = (
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+    "mnist_t10k.npz",
+)
+FLOATS = npz(image=np.zeros((1, 28, 28)), label=TEST[1][:1])
+ASKS = ("data_batch_1", "asks for test_loaders.code")
+BAD = [  # a format, what replaces its files (None: it is not there), what is said of it
+    ("mnist", None, ("train-images-idx3-ubyte: no such file", ".gz")),
+    (FOLDER, None, ("cifar-10-python.tar.gz", "cifar-10-batches-bin")),
+    ("cifar-100-python, folder", None, ("cifar-100-binary.tar.gz",)),
+    (FOLDER, {f"{PY}/data_batch_1": None}, ("data_batch_1: no such file",)),
+    (
+        ARCHIVE,
+        {"cifar-10-python.tar.gz": tar(NO_TEST)},
+        ("python.tar.gz", "test_batch"),
+    ),
+    ("mnist", {IMAGES: idx(TEST[1])}, ("00000801", "00000803")),
+    ("mnist", {LABELS: idx(integers(10, 5))}, (LABELS, "5 labels, expected 3")),
+    ("mnist", {LABELS: idx(np.array([1, 10, 2], np.uint8))}, ("from 0 to 9",)),
+    ("mnist, npz", {ONE: b"no zip file"}, (ONE, "image, label")),
+    ("mnist, npz", {ONE: npz(image=TEST[0])}, (ONE, "label")),
+    ("mnist, npz", {ONE: FLOATS}, ("float64", "expected uint8")),
+    ("jpegs", jpegs(-300).files, ("cifar10_jpeg.npz", "JPEG")),
+    (INSIDE, pickled({b"data": Malice(), b"labels": [0]}), ASKS),
+    (INSIDE, pickled({b"data": np.array([Malice()]), b"labels": [0]}), ASKS),
+    (INSIDE, pickled({b"data": code, b"labels": [0]}), ASKS),
+    (INSIDE, pickled(["no dict"]), ("data_batch_1", "no dict with b'data'")),
+]
 
 
-def test_pickles_of_something_else_are_named(tmp_path):
-    cifar = Cifar(10, binary=False)
-    cifar.files["data_batch_1"] = pickle.dumps(["no dict"], 2)
-    cifar.write(tmp_path)
-    assert_reported(cifar.load, tmp_path, "data_batch_1", "no dict with b'data'")
+@pytest.mark.parametrize("name, changes, words", BAD)
+def test_bad_files_are_named(name, changes, words, tmp_path):
+    load, files, _ = FORMATS[name]
+    files = {} if changes is None else files | changes
+    write({k: data for k, data in files.items() if data is not None}, tmp_path)
+    assert_named(load, tmp_path, *words)

@@ -2,21 +2,17 @@
 
     python benchmarks/papers/cifar10.py --data DIRECTORY
 
-Tables 1 and 6 of Li et al., "Friendly Sharpness-Aware Minimization"
-(https://arxiv.org/abs/2403.12350), and beside its methods GSAM, StableSAM and LookSAM.
-From its section 6.1: SGD with momentum 0.9 and a cosine decay of the learning rate from
-0.05 in 200 epochs; weight decay 5e-4 for SGD and 1e-3 for the others; ρ = 0.1 for SAM
-and F-SAM, with λ = 0.6 and σ = 1, and ρ = 2 for ASAM. Of the other three the paper says
-nothing. They have its ρ for SAM, so that they differ from SAM in one thing: GSAM has a
-constant ρ, and α = 0.1 of those that Zhuang et al. (https://arxiv.org/abs/2203.08065,
-B.1) search; LookSAM the k = 5 and α = 0.7 of Liu et al.
-(https://arxiv.org/abs/2203.02714). Batches are of 128, as in the paper's section 6.3.3.
+This measures Tables 1 and 6 of Li et al. (https://arxiv.org/abs/2403.12350) again, with
+the settings of their sections 6.1 and 6.3.3 but without cutout. Beside their methods
+run GSAM, StableSAM and LookSAM, with the paper's ρ for SAM, so that they differ from
+SAM in one thing. GSAM has a constant ρ, and α = 0.1 of those that Zhuang et al. search
+(https://arxiv.org/abs/2203.08065, B.1). LookSAM has the k = 5 and α = 0.7 of Liu et al.
+(https://arxiv.org/abs/2203.02714).
 
-Crop and flip without the paper's cutout. Of `--noise` % of the labels each is replaced
-by any of the ten, so that one in ten of them stays right. Accuracy is that of the last
-epoch. Sharpness is measured on training images without augmentation, with running
-statistics and in float32: the largest eigenvalue and the trace of the Hessian, and the
-surrogate gap for ρ = 0.1.
+With `--noise`, that many % of the labels are replaced by any of the ten, so that one in
+ten of them stays right. Accuracy is that of the last epoch. Sharpness is measured on
+training images without augmentation, with running statistics and in float32: the
+largest eigenvalue and the trace of the Hessian, and the surrogate gap for ρ = 0.1.
 
 On a GPU an epoch is one program. `--budget` ends a command between epochs, before a
 training that would not fit, and `--resume` goes on after those that are finished, so
@@ -39,7 +35,7 @@ once.
 import argparse
 import functools
 import time
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +43,11 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from harness import Experiment, Runs, argument, cases, integer
+from harness import Experiment, Runs, arguments, cases, integer
 from loaders import DataError, Dataset, load_cifar10
 from resnet import CLASSES, ResNet
 from sam_optax import sharpness
-from training import PLAIN, decayed_sgd, make_step
+from training import PLAIN, decayed_sgd, draw_batches, make_step
 
 RATE = 0.05
 RHO = 0.1  # of SAM, and of the surrogate gap
@@ -142,18 +138,16 @@ class Trainer:
     """
 
     def __init__(self, model, method, batch: int, epochs: int, x, y, program: str):
-        self._batch, self._steps = batch, len(x) // batch
         name, hyper, weight_decay = method
-        base = decayed_sgd(epochs * self._steps, weight_decay)(RATE)
+        base = decayed_sgd(epochs * (len(x) // batch), weight_decay)(RATE)
         self.init, step = make_augmented_step(model, name, base, hyper)
+        self._batch, self._is_epoch = batch, program == "epoch"
 
         def scan(state, key, x, y):
-            return jax.lax.scan(
-                lambda s, i: step(s, *i, x, y), state, self._draw(key, x)
-            )
+            batches = draw_batches(key, len(x), batch)
+            return jax.lax.scan(lambda s, i: step(s, *i, x, y), state, batches)
 
         key = jax.random.key(0)
-        self._is_epoch = program == "epoch"
         inputs = (key,) if self._is_epoch else (jnp.arange(batch), key)
         function = jax.jit(scan if self._is_epoch else step, donate_argnums=0)
         state = jax.eval_shape(self.init, key)
@@ -164,21 +158,14 @@ class Trainer:
         size += memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.cost = {"compile_seconds": seconds, "program_bytes": size}
 
-    def _draw(self, key, x):
-        """The batches of an epoch, and a key for each."""
-        order_key, key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(x))[: self._steps * self._batch]
-        keys = jax.random.split(key, self._steps)
-        return order.reshape(self._steps, self._batch), keys
-
     def epoch(self, state: State, key: jax.Array, x, y):
         """The next state, the mean loss, and the gradients per step."""
         if self._is_epoch:
             state, seen = self._compiled(state, key, x, y)
         else:
             steps = []
-            for index, step_key in zip(*self._draw(key, x), strict=True):
-                state, values = self._compiled(state, index, step_key, x, y)
+            for inputs in zip(*draw_batches(key, len(x), self._batch), strict=True):
+                state, values = self._compiled(state, *inputs, x, y)
                 steps.append(values)
             seen = jax.tree.map(lambda *values: jnp.stack(values), *steps)
         return state, *(values.mean() for values in seen)
@@ -189,9 +176,8 @@ def make_augmented_step(model: ResNet, method: str, base, hyper: dict[str, Any])
 
     def loss_fn(params, batch_stats, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
+        options = {"train": True, "mutable": ["batch_stats"]}
+        logits, updated = model.apply(variables, images, **options)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), updated["batch_stats"]
 
@@ -221,30 +207,27 @@ def init_variables(model: ResNet, key: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def count_right(model: ResNet, params, batch_stats, images, labels) -> jax.Array:
+def evaluate(model: ResNet, batch_stats, params, images, labels):
+    """The mean loss, and how many of the images are right."""
     variables = {"params": params, "batch_stats": batch_stats}
     logits: Any = model.apply(variables, normalize(images), train=False)
-    return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+
+
+def evaluation_loss(*args: Any) -> jax.Array:
+    return evaluate(*args)[0]
 
 
 def accuracy_percent(model, state: State, x, y, at_once=EVALUATED_AT_ONCE) -> float:
     parts = [slice(i, i + at_once) for i in range(0, len(x), at_once)]
-    counts = [count_right(model, *state[:2], x[part], y[part]) for part in parts]
+    network = model, state.batch_stats, state.params
+    counts = [evaluate(*network, x[part], y[part])[1] for part in parts]
     return 100 * sum(map(int, counts)) / len(x)
 
 
-def make_evaluation_loss(model: ResNet):
-    def loss_fn(batch_stats, params, images, labels):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any = model.apply(variables, normalize(images), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
-
-    return loss_fn
-
-
 def measure_sharpness(loss_fn, state: State, x, y) -> dict[str, float]:
-    """Of the loss that `make_evaluation_loss` makes; NaN where training diverged."""
+    """Of `evaluation_loss` of a network; NaN where training diverged."""
     if not jnp.isfinite(optax.tree.norm((state.params, state.batch_stats))):
         return dict.fromkeys(MEASURES, float("nan"))
     arguments = (Partial(loss_fn, state.batch_stats), state.params, (x, y))
@@ -267,37 +250,25 @@ def percentage(text: str) -> int:
     return value
 
 
-def several(kind, default: list, quick: list, text: str) -> dict[str, Any]:
-    text = f"{text} (default: {default})"
-    options = {"nargs": "+", "type": kind, "default": default, "metavar": "N"}
-    return options | {"quick": quick, "help": text}
-
-
-def one_of(choices: list, text: str) -> dict[str, Any]:
-    default = f"{text} (default: {choices[0]})"
-    return {"choices": choices, "default": choices[0], "help": default}
-
-
 class Cifar10(Experiment):
-    name, doc = "cifar10", __doc__
     same = ("epochs", "batch", "train", "test", "sharpness", "width", "blocks", "dtype")
-    options: ClassVar = {
-        "data": (None, None, "directory with CIFAR-10, required"),
+    options = arguments(
+        data=(None, None, "directory with CIFAR-10", {"required": True}),
         # Without it, all for right labels and NOISY for the others.
-        "methods": argument(list(METHODS), ["SGD", "SAM"], "which") | {"default": None},
-        "noise": several(percentage, [0, 60, 80], [60], "labels that are replaced"),
-        "seeds": (3, 1, "trainings of each method"),
-        "epochs": (200, 2, "passes over the training images"),
-        "batch": (128, 16, "images in a step"),
-        "train": (50000, 64, "training images, a random part of them"),
-        "test": (10000, 64, "test images, a random part of them"),
-        "sharpness": (1000, 4, "training images that sharpness is measured on"),
-        "width": (64, 2, "channels of the first stage"),
-        "blocks": several(integer, [2, 2, 2, 2], [1], "residual blocks in each stage"),
-        "dtype": one_of(list(DTYPES), "of the computation; parameters are float32"),
+        methods=(list(METHODS), ["SGD", "SAM"], "which", {"default": None}),
+        noise=([0, 60, 80], [60], "%% of random labels", {"type": percentage}),
+        seeds=(3, 1, "trainings of each method"),
+        epochs=(200, 2, "passes over the training images"),
+        batch=(128, 16, "images in a step"),
+        train=(50000, 64, "training images, a random part of them"),
+        test=(10000, 64, "test images, a random part of them"),
+        sharpness=(1000, 4, "training images that sharpness is measured on"),
+        width=(64, 2, "channels of the first stage"),
+        blocks=([2, 2, 2, 2], [1], "residual blocks in each stage"),
+        dtype=("float32", None, "of the computation", {"choices": list(DTYPES)}),
         # On a CPU, XLA's convolutions are slow inside of a loop.
-        "program": one_of(PROGRAMS, "what is compiled as one"),
-    }
+        program=(PROGRAMS[0], None, "compiled as one", {"choices": PROGRAMS}),
+    )
 
     def prepare(self):
         args = self.args
@@ -309,7 +280,8 @@ class Cifar10(Experiment):
         self.train_x, *self.test_data = map(jax.device_put, (data.train_x, *data[2:]))
         self.model = ResNet(tuple(args.blocks), args.width, DTYPES[args.dtype])
         # One function for all measurements, so that they are compiled once.
-        self.loss_fn = make_evaluation_loss(self.model.clone(dtype=jnp.float32))
+        float32 = self.model.clone(dtype=jnp.float32)
+        self.loss_fn = functools.partial(evaluation_loss, float32)
         self.epoch_seconds, self.end_seconds = {}, 0.0
 
     def plan(self):
@@ -368,44 +340,44 @@ class Cifar10(Experiment):
 
     def groups(self, **case):
         """Name -> its runs, of the methods that have some."""
-        groups = {name: self.runs.of(method=name, **case) for name in METHODS}
+        groups = self.runs.of(**case).by("method", METHODS)
         return {name: group for name, group in groups.items() if group}
 
     def report(self):
         for noise in sorted(self.runs.values("noise_percent")):
             groups = self.groups(noise_percent=noise)
             published = PUBLISHED.get(noise, {})
-            columns = {"seeds": lambda group: str(len(group))}
-            columns |= {"test (%)": ("test_percent", 2)}
-            columns |= {"less SGD's": ("test_percent", 2, "SGD")}
-            columns |= {
-                "published": lambda g, p=published: str(p.get(g[0]["method"], ""))
+            columns = {
+                "seeds": lambda group: str(len(group)),
+                "test (%)": ("test_percent", 2),
+                "less SGD's": ("test_percent", 2, "SGD"),
+                "published": lambda g, p=published: str(p.get(g[0]["method"], "")),
+                "train loss": ("train_loss", 3),
+                "largest eigenvalue": ("eigenvalue", 2),
+                "trace": ("trace", 0),
+                "gap": ("gap", 4),
             }
-            columns |= {"train loss": ("train_loss", 3)}
-            columns |= {"largest eigenvalue": ("eigenvalue", 2)}
-            columns |= {"trace": ("trace", 0), "gap": ("gap", 4)}
             self.summary(f"{noise} % noise", groups, columns)
             curves = {name: Runs(g.column("curves")) for name, g in groups.items()}
             self.draw(f"{noise} % noise", curves, "test_percent")
 
+        def mean(group: Runs, key="seconds_per_epoch") -> float:
+            return float(np.mean(group.column(key)))
+
+        def largest(group: Runs, key: str) -> float:
+            return max(group.column(key))
+
         groups = self.groups()
-        columns = {"seconds per epoch": ("seconds_per_epoch", 2)}
-        columns |= {"of SGD's": lambda group: ratio(group, groups.get("SGD"))}
-        columns |= {"images per second": ("images_per_second", 0)}
-        columns |= {
-            "gradients per step": lambda g: f"{np.mean(g.column('gradients')):.2f}"
+        sgd = mean(groups["SGD"]) if "SGD" in groups else None
+        columns = {
+            "seconds per epoch": ("seconds_per_epoch", 2),
+            "of SGD's": lambda group: f"{mean(group) / sgd:.2f}" if sgd else "",
+            "images per second": ("images_per_second", 0),
+            "gradients per step": lambda group: f"{mean(group, 'gradients'):.2f}",
+            "to compile (s)": lambda g: f"{largest(g, 'compile_seconds'):.1f}",
+            "memory (MB)": lambda g: f"{largest(g, 'program_bytes') / 1e6:.0f}",
         }
-        columns |= {
-            "to compile (s)": lambda g: f"{max(g.column('compile_seconds')):.1f}"
-        }
-        largest = lambda g: f"{max(g.column('program_bytes')) / 1e6:.0f}"  # noqa: E731
-        self.summary("cost", groups, columns | {"memory of the program (MB)": largest})
-
-
-def ratio(group: Runs, sgd: Runs | None) -> str:
-    """Of the time to SGD's."""
-    key = "seconds_per_epoch"
-    return f"{np.mean(group.column(key)) / np.mean(sgd.column(key)):.2f}" if sgd else ""
+        self.summary("cost", groups, columns)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python benchmarks/papers/friendly.py
 
-Four experiments of Li et al., "Friendly Sharpness-Aware Minimization"
-(https://arxiv.org/abs/2403.12350), which it makes with ResNets on CIFAR, here with a
-multilayer perceptron on scikit-learn's digits:
+Four experiments of Li et al. (https://arxiv.org/abs/2403.12350), which they make with
+ResNets on CIFAR, here with a multilayer perceptron on scikit-learn's digits:
 
   parts   Figure 2: SAM, and SAM with its perturbation from the part of the gradient
           along the full gradient (SAM-full), from the rest of it (SAM-noise), from
@@ -17,21 +16,18 @@ multilayer perceptron on scikit-learn's digits:
 
 As in the paper: SGD with momentum 0.9, weight decay 5e-4 and a cosine decay of the
 learning rate from 0.05. SAM and its kin choose among six radii, and SGD among six
-learning rates, by the mean accuracy on 300 validation images, whose labels are right.
-SGD at 0.05 is shown beside.
-Training is on 700 images and the test on 797, the same for every seed.
+learning rates, by the mean accuracy on validation images, whose labels are right. SGD
+at 0.05 is shown beside.
 """
 
-import functools
 import itertools
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from harness import Experiment, Runs, cases, setting_of
+from harness import Experiment, Runs, arguments, cases, setting_of
 from loaders import load_digits, split
-from training import MLP, PLAIN, Trainer, decayed_sgd, make_trainer
+from training import MLP, PLAIN, decayed_sgd, make_trainer
 
 PARTS = ["parts", "radius", "batch", "noise"]
 TRAIN, VALIDATION, BATCH_SIZE = 700, 300, 64
@@ -42,9 +38,6 @@ NOISES = [0, 20, 40, 60, 80]  # % of the labels
 BATCH_SIZES = [16, 64, 256, 700]
 PARTS_NOISES = [0, 40]
 MODEL = MLP((256, 256, 10))
-LABELS = {"sgd": "SGD", "sam": "SAM", "fsam": "F-SAM", "sam_full": "SAM-full"}
-LABELS |= {"sam_noise": "SAM-noise", "sam_db": "SAM-db"}
-LABELS |= {f"{k}x": f"ascent batch {k}×" for k in (2, 4, 8)}
 
 
 def others(key, index, x, count: int):
@@ -63,34 +56,29 @@ def another_batch(loss_fn, params, key, index, x, y):
 
 
 def larger_batch(k: int):
-    def arguments(loss_fn, params, key, index, x, y):
+    def ascent_batch(loss_fn, params, key, index, x, y):
         more = others(key, index, x, (k - 1) * len(index))
         larger = jnp.concatenate([index, more])
         return {"ascent_batch": (x[larger], y[larger])}
 
-    return arguments
+    return ascent_batch
 
 
-# Variant -> method of the library, and the further arguments of its steps.
+# Variant -> its label, the method of the library, and further arguments of its steps.
 VARIANTS = {
-    "sgd": (PLAIN, None),
-    "sam": ("sam", None),
-    "fsam": ("fsam", None),
-    "sam_full": ("sam_full", full_gradient),
-    "sam_noise": ("sam_noise", full_gradient),
-    "sam_db": ("sam", another_batch),
-    "2x": ("sam", larger_batch(2)),
-    "4x": ("sam", larger_batch(4)),
-    "8x": ("sam", larger_batch(8)),
+    "sgd": ("SGD", PLAIN, None),
+    "sam": ("SAM", "sam", None),
+    "fsam": ("F-SAM", "fsam", None),
+    "sam_full": ("SAM-full", "sam_full", full_gradient),
+    "sam_noise": ("SAM-noise", "sam_noise", full_gradient),
+    "sam_db": ("SAM-db", "sam", another_batch),
+    "2x": ("ascent batch 2×", "sam", larger_batch(2)),
+    "4x": ("ascent batch 4×", "sam", larger_batch(4)),
+    "8x": ("ascent batch 8×", "sam", larger_batch(8)),
 }
+LABELS = {variant: label for variant, (label, *_) in VARIANTS.items()}
 ABLATIONS = [variant for variant in VARIANTS if variant != "fsam"]
 COMPARED = ["sgd", "sam", "fsam"]  # who is in the other three parts
-
-
-@functools.cache
-def trainer_of(method: str, epochs: int, size: int, **options: Any) -> Trainer:
-    make_base = decayed_sgd(epochs * (TRAIN // size))
-    return make_trainer(MODEL, method, make_base, size, **options)
 
 
 def train(method, hyper, noise, seed, epochs, size=BATCH_SIZE, **options) -> tuple:
@@ -98,52 +86,51 @@ def train(method, hyper, noise, seed, epochs, size=BATCH_SIZE, **options) -> tup
 
     Of the training labels, `noise` % are random.
     """
-    trainer = trainer_of(method, epochs, size, **options)
+    base = decayed_sgd(epochs * (TRAIN // size))
+    trainer = make_trainer(MODEL, method, base, size, **options)
     images, *parts = split(*load_digits(), (TRAIN, VALIDATION), seed, noise)
     state, reports = trainer.fit(hyper, seed, images, epochs)
     return *trainer.accuracies(state, *parts), state, reports, images
 
 
 class Friendly(Experiment):
-    name, doc = "friendly", __doc__
-    options: ClassVar = {
-        "parts": (PARTS, ["radius"], "experiments to make"),
-        "seeds": (5, 2, "trainings of each setting"),
-        "epochs": (60, 2, "passes over the training images"),
-        "settings": (6, 1, "radii, or learning rates of SGD, to choose from"),
-    }
+    options = arguments(
+        parts=(PARTS, ["radius"], "experiments to make"),
+        seeds=(5, 2, "trainings of each setting"),
+        epochs=(60, 2, "passes over the training images"),
+        settings=(6, 1, "radii, or learning rates of SGD, to choose from"),
+    )
 
     def plan(self):
-        parts, count, pairs = set(self.args.parts), self.args.settings, []
-        if parts - {"parts"}:
+        parts, count, pairs = self.args.parts, self.args.settings, []
+        if set(parts) - {"parts"}:
             noises = NOISES if "noise" in parts else PARTS_NOISES
             pairs += itertools.product(COMPARED, noises)
         if "parts" in parts:
             pairs += itertools.product(ABLATIONS, PARTS_NOISES)
-        for pair in dict.fromkeys(pairs):
+        for variant, noise in dict.fromkeys(pairs):
             rates, rhos = [RATE], RHOS[:count]
-            if pair[0] == "sgd":
+            if variant == "sgd":
                 rates, rhos = RATES[:count], [None]
-            yield from self.cases(*pair, [BATCH_SIZE], rates, rhos)
-        sizes = [size for size in BATCH_SIZES if size != BATCH_SIZE]
-        for pair in (
-            itertools.product(COMPARED, PARTS_NOISES) if "batch" in parts else ()
-        ):
-            setting = self.batch_setting(*pair)  # that of the usual batch size
-            rates, rhos = [setting["learning_rate"]], [setting.get("rho")]
-            yield from self.cases(*pair, sizes, rates, rhos)
+            for rate, rho in itertools.product(rates, rhos):
+                yield from self.cases(variant, noise, [BATCH_SIZE], rate, rho)
+        if "batch" in parts:
+            sizes = [size for size in BATCH_SIZES if size != BATCH_SIZE]
+            for variant, noise in itertools.product(COMPARED, PARTS_NOISES):
+                setting = self.batch_setting(variant, noise)  # of the usual batch size
+                rate, rho = setting["learning_rate"], setting.get("rho")
+                yield from self.cases(variant, noise, sizes, rate, rho)
 
-    def cases(self, variant, noise, sizes, rates, rhos):
-        case = {"variant": [variant], "noise_percent": [noise], "batch_size": sizes}
-        seeds = range(self.args.seeds)
-        return cases(**case, learning_rate=rates, rho=rhos, seed=seeds)
+    def cases(self, variant, noise, sizes, rate, rho):
+        case = {"variant": variant, "noise_percent": noise}
+        case |= {"learning_rate": rate, "rho": rho}
+        for more in cases(batch_size=sizes, seed=range(self.args.seeds)):
+            yield case | more
 
     def measure(self, variant, noise_percent, batch_size, seed, **setting):
-        method, arguments = VARIANTS[variant]
-        options = {"size": batch_size, "arguments": arguments}
-        options["epochs"] = self.args.epochs
-        hyper = setting_of(setting)
-        validation, test, *_ = train(method, hyper, noise_percent, seed, **options)
+        _, method, more = VARIANTS[variant]
+        given = method, setting_of(setting), noise_percent, seed, self.args.epochs
+        validation, test, *_ = train(*given, batch_size, arguments=more)
         return {"validation": validation, "test": test}
 
     def chosen(self, variant: str, noise: float) -> Runs:
@@ -159,15 +146,11 @@ class Friendly(Experiment):
     def report(self):
         parts, usual = self.args.parts, self.runs.of(batch_size=BATCH_SIZE)
         untuned = usual.of(variant="sgd", learning_rate=RATE)
+        columns = {"rate": "learning_rate", "rho": "rho", "accuracy (%)": ("test", 1)}
+        columns["less SAM's"] = ("test", None, "SAM")
         for noise in PARTS_NOISES if "parts" in parts else ():
             groups = {f"SGD, {RATE:g}": untuned.of(noise_percent=noise)}
             groups |= {LABELS[v]: self.chosen(v, noise) for v in ABLATIONS}
-            columns = {
-                "rate": "learning_rate",
-                "rho": "rho",
-                "accuracy (%)": ("test", 1),
-            }
-            columns["less SAM's"] = ("test", None, "SAM")
             self.summary(f"parts, {noise} % noise", groups, columns)
         for noise in PARTS_NOISES if "radius" in parts else ():
             mine = usual.of(noise_percent=noise)

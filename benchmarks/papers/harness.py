@@ -7,6 +7,7 @@ The rest is here.
 
 import argparse
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -86,6 +87,11 @@ class Runs(list[dict[str, Any]]):
         """The different values, in the order of the runs."""
         return list(dict.fromkeys(self.column(key, **wanted)))
 
+    def by(self, key: str, values: Iterable | None = None) -> dict[Any, "Runs"]:
+        """Value -> the runs with it; of these values, or of all there are."""
+        values = self.values(key) if values is None else values
+        return {value: self.of(**{key: value}) for value in values}
+
     def best(self, by: str, *keys: str, sign: int = 1) -> "Runs":
         """Of the groups that share the values of the keys, that of the best mean."""
         groups: dict[tuple, Runs] = {}
@@ -143,15 +149,29 @@ def integer(text: str, least: int = 1) -> int:
     raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
 
 
-def argument(default: Any, quick: Any, text: str) -> dict[str, Any]:
-    """For `add_argument`: a positive integer, several of a list, or a directory."""
-    more = {"default": default, "quick": quick, "help": f"{text} (default: {default})"}
-    if isinstance(default, list):
-        kind = type(default[0])
-        return more | {"nargs": "+", "choices": default, "type": kind, "metavar": "M"}
-    return more | {"type": integer if isinstance(default, int) else pathlib.Path}
+def arguments(**options: tuple) -> dict[str, dict[str, Any]]:
+    """Arguments of `add_argument`, of (default, quick, text) or with a dict of more.
+
+    `quick` is the default with --quick, or None where that changes nothing. By the type
+    of the default, integers are positive, words are from the list that is the default,
+    and None is that of a directory.
+    """
+    found = {}
+    for name, (default, quick, text, *more) in options.items():
+        given = {"default": default, "quick": quick or default, "help": text}
+        if default is not None:
+            given["help"] += f" (default: {default}; quick: {given['quick']})"
+        first = default
+        if isinstance(default, list):
+            first = default[0]
+            given |= {"nargs": "+", "metavar": "M"}
+            given |= {"choices": default} if isinstance(first, str) else {}
+        given["type"] = {int: integer, str: str}.get(type(first), pathlib.Path)
+        found[name] = given | (more[0] if more else {})
+    return found
 
 
+OUTPUT = pathlib.Path("results"), None, "directory for the JSON and the figure"
 RESUMING = {
     "budget": {"type": integer, "help": "seconds; end before a training takes longer"},
     "resume": {"action": "store_true", "help": "keep the trainings that are there"},
@@ -159,10 +179,9 @@ RESUMING = {
 
 
 class Experiment:
-    """The frame of a script.
+    """The frame of a script, which gives its name to the files.
 
-    A script has `name`, of its files; `doc`; `options`, name -> (default, with --quick,
-    text) or arguments of `add_argument`; and the methods
+    A script has `options`, which `arguments` makes; and the methods
 
       prepare: completes the options and reads data; raises DataError for bad input.
       plan: yields the cases. It can depend on `self.runs`, all runs until now.
@@ -173,6 +192,7 @@ class Experiment:
     resume, and has a budget.
     """
 
+    options: ClassVar[dict[str, dict[str, Any]]]
     same: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self) -> None:
@@ -181,7 +201,18 @@ class Experiment:
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> None:
         """Makes the runs, prints their tables, and writes the JSON and the figure."""
-        parser, args = cls.parse(argv)
+        doc = inspect.getdoc(inspect.getmodule(cls)) or ""
+        parser = Parser(description=doc.splitlines()[0])
+        options = cls.options | arguments(output=OUTPUT)
+        quick = {name: given["quick"] for name, given in options.items()}
+        options |= RESUMING if cls.same else {}
+        for name, given in options.items():
+            given = {key: value for key, value in given.items() if key != "quick"}
+            parser.add_argument(f"--{name.replace('_', '-')}", **given)
+        parser.add_argument("--quick", action="store_true", help="a run of seconds")
+        if parser.parse_args(argv).quick:
+            parser.set_defaults(**quick)
+        args = parser.parse_args(argv)
         try:
             args.output.mkdir(parents=True, exist_ok=True)
             experiment = cls(args)
@@ -193,25 +224,10 @@ class Experiment:
         save_figure(experiment.panels, experiment.path.with_suffix(".png"))
         experiment.print(f"{experiment.spent():.0f} s; see {experiment.path} and .png")
 
-    @classmethod
-    def parse(cls, argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
-        parser, quick = Parser(description=cls.doc.splitlines()[0]), {}
-        output = pathlib.Path("results"), None, "directory for the JSON and the figure"
-        options = cls.options | {"output": output} | (RESUMING if cls.same else {})
-        for name, given in options.items():
-            given = argument(*given) if isinstance(given, tuple) else dict(given)
-            if (value := given.pop("quick", None)) is not None:
-                quick[name] = value
-            parser.add_argument(f"--{name.replace('_', '-')}", **given)
-        text = f"a run of seconds, with {quick}"
-        parser.add_argument("--quick", action="store_true", help=text)
-        if parser.parse_args(argv).quick:
-            parser.set_defaults(**quick)
-        return parser, parser.parse_args(argv)
-
     def __init__(self, args: argparse.Namespace):
         self.args, self.runs, self.start = args, Runs(), time.perf_counter()
-        self.path = args.output / f"{self.name}.json"
+        script = pathlib.Path(inspect.getfile(type(self)))
+        self.path = args.output / f"{script.stem}.json"
         # A file has room for the tables.
         self.console = Console(width=None if sys.stdout.isatty() else 200)
         self.panels: list[Callable[[Any], None]] = []  # each draws on its axes
@@ -250,13 +266,15 @@ class Experiment:
 
     def save(self) -> None:
         """Writes the JSON, a line per run; an old one stays whole until it is there."""
-        versions = {
-            package: importlib.metadata.version(package) for package in PACKAGES
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": versions | {"python": platform.python_version()},
+            "settings": vars(self.args),
+            "seconds": self.spent(),
+            "device": jax.devices()[0].device_kind,
+            "runs": [],
         }
-        versions |= {"python": platform.python_version()}
-        report = {"command": shlex.join(["python", *sys.argv]), "versions": versions}
-        report |= {"settings": vars(self.args), "seconds": self.spent()}
-        report |= {"device": jax.devices()[0].device_kind, "runs": []}
         runs = ",\n".join(map(json.dumps, self.runs))
         text = json.dumps(report, default=str).removesuffix("]}") + f"\n{runs}\n]}}\n"
         unfinished = self.path.with_suffix(".json.part")
@@ -306,16 +324,15 @@ class Experiment:
             return str(pairs) if digits is None else pairs.show(digits)
 
         lines = columns.values()
-        rows = ([name, *(cell(g, c) for c in lines)] for name, g in groups.items())
+        rows = ([str(k), *(cell(g, c) for c in lines)] for k, g in groups.items())
         self.table((title, *columns), rows)
 
     def pivot(self, title, groups, key, over, digits=1, **settings) -> None:
         """Prints and draws numbers by group and by the value of another key."""
-        columns = sorted({run[over] for group in groups.values() for run in group})
-        rows = []
+        columns, rows = sorted({run[over] for g in groups.values() for run in g}), []
         for label, group in groups.items():
-            cells = (group.column(key, **{over: x}) for x in columns)
-            rows.append([label, *(describe(values, digits) for values in cells)])
+            cells = group.by(over, columns).values()
+            rows.append([str(label), *(describe(c.column(key), digits) for c in cells)])
         self.table((title, *(f"{x:g}" for x in columns)), rows)
         self.draw(title, groups, key, over, **settings)
 
@@ -325,12 +342,12 @@ class Experiment:
         def draw(axes):
             for label, group in groups.items():
                 if over is None:
-                    found = list(zip(*group.column(key), strict=True))
-                    x = range(1, len(found) + 1)
+                    points = dict(enumerate(zip(*group.column(key), strict=True), 1))
                 else:
-                    x = sorted(group.values(over))
-                    found = [group.column(key, **{over: value}) for value in x]
-                mean, spread = ([f(v) for v in found] for f in (np.mean, np.std))
+                    found = group.by(over, sorted(group.values(over)))
+                    points = {x: runs.column(key) for x, runs in found.items()}
+                x, y = list(points), points.values()
+                mean, spread = ([f(values) for values in y] for f in (np.mean, np.std))
                 axes.errorbar(x, mean, spread, lw=1, marker=".", label=label)
             axes.set(title=title, xlabel=over or "epoch", ylabel=key, **settings)
             axes.legend(fontsize=6)

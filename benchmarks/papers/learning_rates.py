@@ -2,26 +2,21 @@
 
     python benchmarks/papers/learning_rates.py
 
-Section 5.1 and Figure 4 of Tan et al., "Stabilizing Sharpness-aware Minimization
-Through A Simple Renormalization Strategy" (https://arxiv.org/abs/2401.07250). The
+In section 5.1 and Figure 4 of Tan et al. (https://arxiv.org/abs/2401.07250) the
 function x₁⁴/4 − x₁x₂ + x₂²/2 has minima at (1, 1) and (−1, −1) and a saddle at the
-origin. From 10,000 starts in [−2, 2]², with each of 100 learning rates from 0.001 to
-0.3, how many runs end at a minimum?
-
-The paper does not say how many steps it takes, which radii it shows, or how near to a
-minimum counts. Here, a run counts that ends within 0.1 of one; those within 0.5, so on
-the way to one or in orbit around it, are counted beside.
+origin. The starts are random in [−2, 2]². The paper does not say its steps and radii,
+or how near to a minimum counts. Here a run counts that ends within 0.1 of one; those
+within 0.5, so on the way to one or in orbit around it, are counted beside.
 """
 
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness import Experiment, cases
+from harness import Experiment, arguments, cases
 from training import PLAIN, last_params
 
 RHOS = [0.01, 0.1, 0.5]
@@ -46,12 +41,11 @@ def distances(rates, starts, rho, *, method, steps):
 
 
 class LearningRates(Experiment):
-    name, doc = "learning_rates", __doc__
-    options: ClassVar = {
-        "rates": (100, 5, "learning rates from 0.001 to 0.3, in equal ratios"),
-        "starts": (10000, 200, "random starts, the same for all"),
-        "steps": (1000, 300, "steps of each run"),
-    }
+    options = arguments(
+        rates=(100, 5, "learning rates from 0.001 to 0.3, in equal ratios"),
+        starts=(10000, 200, "random starts, the same for all"),
+        steps=(1000, 300, "steps of each run"),
+    )
 
     def plan(self):
         yield {"method": "GD", "rho": None}
@@ -61,9 +55,9 @@ class LearningRates(Experiment):
         """A run for each learning rate."""
         rates = np.geomspace(0.001, 0.3, self.args.rates)
         starts = np.random.default_rng(0).uniform(-2, 2, (self.args.starts, 2))
-        starts = jnp.asarray(starts, jnp.float32)  # the same for all
+        starts = jnp.asarray(starts, jnp.float32)
         options = {"method": METHODS[method], "steps": self.args.steps}
-        parts = np.array_split(jnp.asarray(rates, jnp.float32), 4)
+        parts = np.array_split(jnp.asarray(rates, jnp.float32), 4)  # for the memory
         ends = [distances(part, starts, rho, **options) for part in parts]
         runs = []
         for rate, end in zip(rates.tolist(), np.concatenate(ends), strict=True):
@@ -74,23 +68,18 @@ class LearningRates(Experiment):
         return runs
 
     def report(self):
-        groups = {
-            case["method"] + (f", ρ = {case['rho']:g}" if case["rho"] else ""): (
-                self.runs.of(**case)
-            )
-            for case in self.plan()
-        }
+        groups, rows = {}, []
+        for case in self.plan():
+            name = f"{case['method']}, ρ = {case['rho']:g}" if case["rho"] else "GD"
+            groups[name] = self.runs.of(**case)
         rates = np.array(self.runs.values("learning_rate"))
         shown = sorted({int(np.abs(rates - rate).argmin()) for rate in SHOWN})
-        rows = []
         for name, runs in groups.items():
             near, around = (runs.column(f"{k}_percent") for k in ("near", "around"))
             rows.append((name, *(f"{near[i]:.1f} ({around[i]:.1f})" for i in shown)))
         self.table(("within 0.1 (0.5), %", *(f"{rates[i]:.3f}" for i in shown)), rows)
         exploded = max(self.runs.column("exploded_percent"))
-        self.print(
-            f"at most {exploded:.1f} % of the runs with a setting are not finite"
-        )
+        self.print(f"at most {exploded:.1f} % of a setting's runs are not finite")
         for key in ("near_percent", "around_percent"):
             self.draw(key, groups, key, "learning_rate", xscale="log")
 

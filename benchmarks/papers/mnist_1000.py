@@ -2,12 +2,11 @@
 
     python benchmarks/papers/mnist_1000.py --data DIRECTORY
 
-Section 2.3.2 of Liu, Chen and Shi, "Sharpness-Aware Minimization for Efficiently
-Improving Generalization: A Review": a network of widths 784, 500, 300, 10, batches of
-10, and 15,000 gradients for every method, so 150 epochs of SGD and Adam, and 75 of SAM.
-The review does not say its learning rates and radius. Here, each method chooses among
-six settings by its loss on validation images, and then runs on new seeds. Beside them
-run SGD, SAM and Adam with usual settings: learning rates 0.1 and 0.001, ρ = 0.05.
+This measures section 2.3.2 of Liu, Chen and Shi, "Sharpness-Aware Minimization for
+Efficiently Improving Generalization: A Review", again, with its network, and as many
+gradients for every method. The review does not say its learning rates and radius. Here
+each method chooses among six settings by its loss on validation images, and then runs
+on new seeds. Beside them run SGD, SAM and Adam with usual settings.
 
 All images come from MNIST's test set, of which DIRECTORY has the files. 8,000 of them
 are for the test. The other 2,000 are divided anew for each seed: 1,000 to train on, and
@@ -15,32 +14,31 @@ are for the test. The other 2,000 are divided anew for each seed: 1,000 to train
 """
 
 import itertools
-from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import jax
 import optax
 
 import sam_optax
-from harness import Experiment, Runs, setting_of, tuned
+from harness import Experiment, Runs, arguments, setting_of, tuned
 from loaders import DataError, load_mnist_test, split
-from training import MLP, PLAIN, Trainer, make_trainer
+from training import MLP, PLAIN, make_trainer
 
 WIDTHS, BATCH_SIZE = (500, 300, 10), 10
 TRAIN, VALIDATION = 1000, 1000
+COLUMNS = ("gradients", "train_loss", "loss", "gap", "accuracy_percent")
 
 SGD_RATES = [0.001, 0.002, 0.003, 0.01, 0.03, 0.1]
 ADAM_RATES = [1e-5, 3e-5, 5e-5, 1e-4, 3e-4, 1e-3]
-RHOS = [0.05, 0.15, 0.5]
+SAM_RATES, RHOS = [0.003, 0.01], [0.05, 0.15, 0.5]
 
 
 class Method(NamedTuple):
     """A method of the library on a base optimizer, and the settings to choose from."""
 
     name: str
-    base: str
     rates: list[float]
-    rhos: list[float] | None = None
+    rhos: list | None = None
+    make_base: optax.GradientTransformation = optax.sgd
 
     def settings(self) -> list[dict]:
         pairs = itertools.product(self.rates, self.rhos or [None])
@@ -53,24 +51,18 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "SGD": Method(PLAIN, "sgd", SGD_RATES),
-    "SAM": Method("sam", "sgd", [0.003, 0.01], RHOS),
-    "F-SAM": Method("fsam", "sgd", [0.003, 0.01], RHOS),
-    "GSAM": Method("gsam", "sgd", [0.003, 0.01], RHOS),
-    "StableSAM": Method("stable_sam", "sgd", [0.003, 0.01], RHOS),
-    "Adam": Method(PLAIN, "adam", ADAM_RATES),
-    "Adam + SAM": Method("sam", "adam", [3e-5, 1e-4], RHOS),
+    "SGD": Method(PLAIN, SGD_RATES),
+    "SAM": Method("sam", SAM_RATES, RHOS),
+    "F-SAM": Method("fsam", SAM_RATES, RHOS),
+    "GSAM": Method("gsam", SAM_RATES, RHOS),
+    "StableSAM": Method("stable_sam", SAM_RATES, RHOS),
+    "Adam": Method(PLAIN, ADAM_RATES, None, optax.adam),
+    "Adam + SAM": Method("sam", [3e-5, 1e-4], RHOS, optax.adam),
     # What one would try first, and with SGD and SAM at one learning rate.
-    "SGD, usual": Method(PLAIN, "sgd", [0.1]),
-    "SAM, usual": Method("sam", "sgd", [0.1], [0.05]),
-    "Adam, usual": Method(PLAIN, "adam", [1e-3]),
+    "SGD, usual": Method(PLAIN, [0.1]),
+    "SAM, usual": Method("sam", [0.1], [0.05]),
+    "Adam, usual": Method(PLAIN, [1e-3], None, optax.adam),
 }
-
-
-@cache  # settings are no part of the program
-def trainer_of(name: str, base: str) -> Trainer:
-    make_base = {"sgd": optax.sgd, "adam": optax.adam}[base]
-    return make_trainer(MLP(WIDTHS), name, make_base, BATCH_SIZE)
 
 
 def counterpart(name: str) -> str:
@@ -79,15 +71,14 @@ def counterpart(name: str) -> str:
 
 
 class Mnist1000(Experiment):
-    name, doc = "mnist_1000", __doc__
-    options: ClassVar = {
-        "data": (None, None, "directory with the files of MNIST, required"),
-        "methods": (list(METHODS), ["SGD", "SAM"], "which to train"),
-        "seeds": (5, 1, "trainings of each method, with the setting it chose"),
-        "tuning_seeds": (1, 1, "trainings of each setting, for the choice"),
-        "settings": (6, 2, "settings to choose from, at most"),
-        "gradients": (15000, 200, "gradient computations of each training"),
-    }
+    options = arguments(
+        data=(None, None, "directory of MNIST's files", {"required": True}),
+        methods=(list(METHODS), ["SGD", "SAM"], "which to train"),
+        seeds=(5, 1, "trainings of each method, with the setting it chose"),
+        tuning_seeds=(1, 1, "trainings of each setting, for the choice"),
+        settings=(6, 2, "settings to choose from, at most"),
+        gradients=(15000, 200, "gradient computations of each training"),
+    )
 
     def prepare(self):
         methods = [*map(counterpart, self.args.methods), *self.args.methods]
@@ -106,46 +97,46 @@ class Mnist1000(Experiment):
 
     def measure(self, method, on, seed, **setting):
         """A training with its losses and gap on a part of the data, "on"."""
-        trainer = trainer_of(*METHODS[method][:2])
-        hyper, key = setting_of(setting), jax.random.key(seed)
+        name, *_, base = METHODS[method]
+        trainer = make_trainer(MLP(WIDTHS), name, base, BATCH_SIZE)
         images, validation, test = split(*self.data, (TRAIN, VALIDATION), seed)
         examples = validation if on == "validation" else test
-        state = trainer.init(hyper, key, images[0])
         gradients = METHODS[method].gradients_per_epoch()
-        epochs = self.args.gradients // gradients
-        every = max(1, epochs // 10) if on == "test" else epochs
-        curve = []
-        for epoch in range(1, epochs + 1):
-            state, _ = trainer.epoch(state, hyper, key, *images)
-            if epoch % every == 0 or epoch == epochs:
+        count = self.args.gradients // gradients
+        every = max(1, count // 10) if on == "test" else count
+        epochs = trainer.epochs(setting_of(setting), seed, images, count)
+        points = []
+        for epoch, (state, _) in enumerate(epochs, 1):
+            if epoch % every == 0 or epoch == count:
                 train_loss, _ = trainer.evaluate(state, *images)
                 loss, accuracy = trainer.evaluate(state, *examples)
                 point = (train_loss, loss, loss - train_loss, accuracy)
-                curve.append([epoch * gradients, *map(float, point)])
-        columns = ("gradients", "train_loss", "loss", "gap", "accuracy_percent")
-        curve = dict(zip(columns, zip(*curve, strict=True), strict=True))
+                points.append([epoch * gradients, *map(float, point)])
+        curve = dict(zip(COLUMNS, zip(*points, strict=True), strict=True))
         return {key: values[-1] for key, values in curve.items()} | {"curve": curve}
 
     def report(self):
-        tests = self.runs.of(on="test")
-        groups = {name: tests.of(method=name) for name in self.args.methods}
-
+        groups = self.runs.of(on="test").by("method")
         for name, group in groups.items():
             for run, sgd in zip(group, groups[counterpart(name)], strict=True):
                 run["gap_ratio"] = run["gap"] / sgd["gap"]
-        columns = {"learning rate": "learning_rate", "rho": "rho"}
-        columns |= {"train loss": ("train_loss", 3), "test loss": ("loss", 3)}
-        columns |= {"lowest": lambda group: f"{min(group.column('loss')):.3f}"}
-        columns |= {"gap": ("gap", 3), "gap / SGD's": ("gap_ratio", 2)}
-        columns |= {"accuracy (%)": ("accuracy_percent", 1)}
+        columns = {
+            "learning rate": "learning_rate",
+            "rho": "rho",
+            "train loss": ("train_loss", 3),
+            "test loss": ("loss", 3),
+            "lowest": lambda group: f"{min(group.column('loss')):.3f}",
+            "gap": ("gap", 3),
+            "gap / SGD's": ("gap_ratio", 2),
+            "accuracy (%)": ("accuracy_percent", 1),
+        }
         self.summary("method", groups, columns)
-        keys = ("loss", "gap", "accuracy_percent")
-        for (name, group), key in itertools.product(groups.items(), keys):
+        for (name, group), key in itertools.product(groups.items(), COLUMNS[2:]):
             if (sgd := counterpart(name)) != name:
                 pairs = group.less(groups[sgd], key)
                 self.print(f"{key} of {name} less that of {sgd}: {pairs}")
         curves = {name: Runs(g.column("curve")) for name, g in groups.items()}
-        for key in ("train_loss", *keys[:2]):
+        for key in COLUMNS[1:4]:
             self.draw("tenths of the training", curves, key)
 
 

@@ -2,31 +2,25 @@
 
     python benchmarks/papers/one_example.py
 
-Section 5.2 and Figures 5 to 7 of Tan et al., "Stabilizing Sharpness-aware Minimization
-Through A Simple Renormalization Strategy" (https://arxiv.org/abs/2401.07250): the same
-network from the same start, trained with the same order of batches for 60 epochs on S,
-and on S with one example replaced. Measured after each epoch are the distance of the
-parameters, ‖w − w′‖ / √(‖w‖² + ‖w′‖²), and the generalisation error, test loss less
-training loss. SGD without momentum; a constant learning rate (Figure 5), weight decay
-(6), or a cosine decay (7).
-
-The paper trains a network with two hidden layers of 500 on MNIST, and does not say its
-learning rate, radius and batch size: here 0.1, 0.05 and 0.2, and 50. The default data
-are scikit-learn's digits, with 1,000 for training; with --data, MNIST's test set, with
-5,000 of its images for training.
+Section 5.2 and Figures 5 to 7 of Tan et al. (https://arxiv.org/abs/2401.07250) train
+the same network from the same start, with the same order of batches, on S, and on S
+with one example replaced. After each epoch we measure the distance of the parameters,
+‖w − w′‖ / √(‖w‖² + ‖w′‖²), and the generalisation error, test loss less training loss.
+The optimizer is SGD without momentum, with a constant learning rate (Figure 5), weight
+decay (6), or a cosine decay (7). The paper trains on MNIST. Here --data trains on 5,000
+images of its test set; without it, on 1,000 of scikit-learn's digits.
 """
 
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness import Experiment, cases
+from harness import Experiment, arguments, cases
 from loaders import load_digits, load_mnist_test, split
-from training import MLP, PLAIN, Trainer, make_trainer
+from training import MLP, PLAIN, make_trainer
 
 WIDTHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = (500, 500, 10), 50, 0.1, 5e-4
 DIGITS_TRAIN, MNIST_TRAIN = 1000, 5000
@@ -41,17 +35,14 @@ SCHEDULES = ["constant", "weight decay", "cosine"]
 MEASURES = ["distance", "generalisation_error", "accuracy_gap_percent"]
 
 
-@functools.cache  # the radius is no part of the program
-def trainer_of(schedule: str, method: str, steps: int) -> Trainer:
-    def make_base(learning_rate):
-        if schedule == "weight decay":
-            decay = optax.add_decayed_weights(WEIGHT_DECAY)
-            return optax.chain(decay, optax.sgd(learning_rate))
-        if schedule == "cosine":
-            learning_rate = optax.cosine_decay_schedule(learning_rate, steps)
-        return optax.sgd(learning_rate)
-
-    return make_trainer(MLP(WIDTHS), method, make_base, BATCH_SIZE)
+@functools.cache  # so that the same base has the same trainer
+def base_of(schedule: str, steps: int):
+    if schedule == "weight decay":
+        decay = optax.add_decayed_weights(WEIGHT_DECAY)
+        return lambda rate: optax.chain(decay, optax.sgd(rate))
+    if schedule == "cosine":
+        return lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, steps))
+    return optax.sgd
 
 
 def two_sets(images, labels, size: int, seed: int):
@@ -70,14 +61,13 @@ def distance(w, other):
 
 
 class OneExample(Experiment):
-    name, doc = "one_example", __doc__
-    options: ClassVar = {
-        "data": (None, None, "directory with MNIST's test set, or else the digits"),
-        "methods": (list(METHODS), list(METHODS)[:2], "what to compare with SGD"),
-        "schedules": (SCHEDULES, ["constant"], "of the learning rate, or weight decay"),
-        "seeds": (5, 2, "pairs of trainings of each method"),
-        "epochs": (60, 2, "passes over the training images"),
-    }
+    options = arguments(
+        data=(None, None, "directory with MNIST's test set, or else the digits"),
+        methods=(list(METHODS), list(METHODS)[:2], "what to compare with SGD"),
+        schedules=(SCHEDULES, ["constant"], "of the learning rate, or weight decay"),
+        seeds=(5, 2, "pairs of trainings of each method"),
+        epochs=(60, 2, "passes over the training images"),
+    )
 
     def prepare(self):
         self.args.methods = list(dict.fromkeys(["SGD", *self.args.methods]))
@@ -91,17 +81,15 @@ class OneExample(Experiment):
 
     def measure(self, schedule, method, seed):
         """The measures after each epoch; errors are those of the training on S."""
-        name, hyper = METHODS[method]
-        hyper, key = {"learning_rate": LEARNING_RATE, **hyper}, jax.random.key(seed)
-        steps = self.args.epochs * (self.size // BATCH_SIZE)
-        trainer = trainer_of(schedule, name, steps)
-        first, second, test = two_sets(*self.data, self.size, seed)
-        w = other = trainer.init(hyper, key, first[0])
+        (name, hyper), epochs = METHODS[method], self.args.epochs
+        hyper = {"learning_rate": LEARNING_RATE, **hyper}
+        base = base_of(schedule, epochs * (self.size // BATCH_SIZE))
+        trainer = make_trainer(MLP(WIDTHS), name, base, BATCH_SIZE)
+        *sets, test = two_sets(*self.data, self.size, seed)
+        both = (trainer.epochs(hyper, seed, images, epochs) for images in sets)
         points = []
-        for _ in range(self.args.epochs):
-            w, _ = trainer.epoch(w, hyper, key, *first)
-            other, _ = trainer.epoch(other, hyper, key, *second)
-            loss, accuracy = trainer.evaluate(w, *first)
+        for (w, _), (other, _) in zip(*both, strict=True):
+            loss, accuracy = trainer.evaluate(w, *sets[0])
             test_loss, test_accuracy = trainer.evaluate(w, *test)
             measured = (test_loss - loss, accuracy - test_accuracy, test_accuracy)
             measured = (distance(w.params, other.params), *measured)
@@ -117,9 +105,8 @@ class OneExample(Experiment):
             columns |= {key: (f"last_{key}", 4)}
             columns |= {f"{key} less SGD's": (f"last_{key}", 4, "SGD")}
         columns |= {"test accuracy (%)": ("test_accuracy_percent", 1)}
-        for schedule in self.args.schedules:
-            mine = self.runs.of(schedule=schedule)
-            groups = {name: mine.of(method=name) for name in self.args.methods}
+        for schedule, mine in self.runs.by("schedule").items():
+            groups = mine.by("method")
             self.summary(f"{schedule}, after the last epoch", groups, columns)
             for measure in MEASURES[:2]:
                 self.draw(schedule, groups, measure)

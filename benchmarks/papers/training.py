@@ -1,6 +1,7 @@
 """Steps, small networks and their training, as the experiments share them."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ def last_params(f, method: str, base, rho, start, steps: int) -> jax.Array:
     return jax.lax.scan(body, (start, init(start)), length=steps)[0][0]
 
 
+@functools.cache  # so that the same base has the same trainer
 def decayed_sgd(steps: int, weight_decay: float = 5e-4) -> Callable[[Any], Any]:
     """Learning rate -> SGD with momentum 0.9, weight decay and a cosine decay."""
 
@@ -68,6 +70,20 @@ class MLP(nn.Module):
         return nn.Dense(self.widths[-1])(x)
 
 
+def losses_of(model: nn.Module, params, x, y) -> tuple[jax.Array, Any]:
+    """The loss of each example, and the logits."""
+    logits: Any = model.apply(params, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y), logits
+
+
+def draw_batches(key: jax.Array, examples: int, batch_size: int):
+    """Indices of the batches of an epoch, and keys; an incomplete batch is dropped."""
+    steps = examples // batch_size
+    order_key, key = jax.random.split(key)
+    order = jax.random.permutation(order_key, examples)[: steps * batch_size]
+    return order.reshape(steps, batch_size), jax.random.split(key, steps)
+
+
 class State(NamedTuple):
     """A network in training."""
 
@@ -85,15 +101,21 @@ class Trainer(NamedTuple):
     """
 
     init: Callable[..., State]  # (hyper, key, x)
-    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, (losses, seen)
+    epoch: Callable[..., tuple]  # (state, hyper, key, x, y) -> state, what was watched
     evaluate: Callable[..., tuple]  # (state, x, y) -> mean loss, accuracy in %
 
-    def fit(self, hyper: dict, seed: int, data: tuple, epochs: int) -> tuple:
-        """The state after the epochs, and what was seen in each."""
+    def epochs(self, hyper: dict, seed: int, data: tuple, count: int) -> Iterator:
+        """The state after each epoch, and what was watched in it."""
         key = jax.random.key(seed)
-        state, everything = self.init(hyper, key, data[0]), []
-        for _ in range(epochs):
-            state, (_, seen) = self.epoch(state, hyper, key, *data)
+        state = self.init(hyper, key, data[0])
+        for _ in range(count):
+            state, seen = self.epoch(state, hyper, key, *data)
+            yield state, seen
+
+    def fit(self, *args: Any) -> tuple[State, list]:
+        """The last state of `epochs`, and what was watched in all of them."""
+        everything = []
+        for state, seen in self.epochs(*args):  # noqa: B007
             everything.append(seen)
         return state, everything
 
@@ -101,6 +123,7 @@ class Trainer(NamedTuple):
         return [float(self.evaluate(state, *part)[1]) for part in parts]
 
 
+@functools.cache  # settings are no part of the program
 def make_trainer(
     model: nn.Module,
     method: str,
@@ -114,18 +137,13 @@ def make_trainer(
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
-    An incomplete batch is dropped. `arguments`, of (loss_fn, params, key, index, x, y),
-    gives further arguments of a step, where index says which examples are in the batch.
-    `m` and `data` are those of `sam_value_and_grad`, and `watch` says what an epoch
-    returns of the report of each step.
+    `arguments`, of (loss_fn, params, key, index, x, y), gives further arguments of a
+    step, where index says which examples are in the batch. `m` and `data` are those of
+    `sam_value_and_grad`, and `watch` says what an epoch returns of each step's report.
     """
 
-    def losses_of(params, x, y):
-        logits: Any = model.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y), logits
-
     def loss_fn(params, x, y):
-        losses, _ = losses_of(params, x, y)
+        losses, _ = losses_of(model, params, x, y)
         return losses if data else losses.mean()  # rules may choose by the losses
 
     def build(hyper):
@@ -141,24 +159,20 @@ def make_trainer(
     @jax.jit
     def epoch(state, hyper, key, x, y):
         _, step = build(hyper)
-        order_key, step_key = jax.random.split(jax.random.fold_in(key, state.epoch))
-        steps = len(x) // batch_size
-        order = jax.random.permutation(order_key, len(x))
-        batches = order[: steps * batch_size].reshape(steps, batch_size)
 
         def body(carry, inputs):
             index, key = inputs
             more = arguments(loss_fn, carry[0], key, index, x, y) if arguments else {}
-            *carry, loss, report = step(*carry, x[index], y[index], **more)
-            return tuple(carry), (loss, watch(report))
+            *carry, _, report = step(*carry, x[index], y[index], **more)
+            return tuple(carry), watch(report)
 
-        keys = jax.random.split(step_key, steps)
-        carry, seen = jax.lax.scan(body, state[:2], (batches, keys))
+        batches = draw_batches(jax.random.fold_in(key, state.epoch), len(x), batch_size)
+        carry, seen = jax.lax.scan(body, state[:2], batches)
         return State(*carry, state.epoch + 1), seen
 
     @jax.jit
     def evaluate(state, x, y):
-        losses, logits = losses_of(state.params, x, y)
+        losses, logits = losses_of(model, state.params, x, y)
         return losses.mean(), 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
     return Trainer(init, epoch, evaluate)

@@ -5,34 +5,31 @@
 Figures 1 and 2 of Liu, Chen and Shi, "Sharpness-Aware Minimization for Efficiently
 Improving Generalization: A Review".
 
-Figure 2: (x − 1)² y² with learning rate 0.1, ρ = 1e-5 and 1,000 steps. The review says
-that SAM ends at a flatter point than GD, with a largest Hessian eigenvalue of 0.016 for
-1.225, but not where it starts. Here both run from many starts in [−2, 2]², and for
-other radii as well.
+Figure 2 is (x − 1)² y². The review does not say where GD and SAM start: here in many
+places in [−2, 2]², with its ρ = 1e-5 and larger ones.
 
-Figure 1: x² (x − 1)² / (x² + 1e-4), whose minimum at 0 is much sharper than that at 1.
-The review does not say its settings. Here both run from many starts in [−1, 0], where
-the sharp minimum comes first, with learning rates from 1e-5 to 0.1. A run ends at the
-flat minimum within 0.1 of 1, at the sharp one within 0.02 of 0, or beside both.
+Figure 1 is x² (x − 1)² / (x² + 1e-4), whose minimum at 0 is much sharper than that at
+1. The review does not say its settings: here both start in many places in [−1, 0],
+where the sharp minimum comes first, with several radii and learning rates. A run ends
+at the flat minimum within 0.1 of 1, at the sharp one within 0.02 of 0, or beside both.
 
 In float64, so that a radius of 1e-5 is not lost to rounding.
 """
 
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness import Experiment, cases, describe
+from harness import Experiment, arguments, cases, describe
 from training import PLAIN, last_params
 
-VALLEY_RATE, VALLEY_RHOS = 0.1, [1e-5, 1e-3, 0.01, 0.1, 0.3]
-REVIEW = {"GD": 1.225, "SAM": 0.016}  # largest eigenvalues at the ends, in Figure 2
+VALLEY_RATE, VALLEY_RHOS = 0.1, [0.0, 1e-5, 1e-3, 0.01, 0.1, 0.3]  # GD is ρ = 0
+REVIEW = 1.225  # the largest eigenvalue where GD ends, in Figure 2
 RATES = np.geomspace(1e-5, 0.1, 13).tolist()
-RHOS = [0.0, 1e-5, 0.001, 0.01, 0.03, 0.1, 0.3]  # GD is ρ = 0
+RHOS = [0.0, 1e-5, 0.001, 0.01, 0.03, 0.1, 0.3]
 TIME = 3.0  # steps × learning rate, at least: several times what reaches x = 0
 ENDS = ["flat", "sharp", "beside"]
 
@@ -48,8 +45,7 @@ def two_minima(w):
 @partial(jax.jit, static_argnames=("f", "method", "steps"))
 def ends(f, rate, starts, rho, *, method, steps):
     """Where each run is after its steps."""
-    base = optax.sgd(rate)
-    run = partial(last_params, f, method, base, rho, steps=steps)
+    run = partial(last_params, f, method, optax.sgd(rate), rho, steps=steps)
     return jax.vmap(run)(starts)
 
 
@@ -61,15 +57,14 @@ def largest_eigenvalue(w):
 
 
 class TwoMinima(Experiment):
-    name, doc = "two_minima", __doc__
-    options: ClassVar = {
-        "starts": (10000, 400, "random starts on (x − 1)² y²; a 20th on the other"),
-        "steps": (1000, None, "steps of each run; with small learning rates more"),
-    }
+    options = arguments(
+        starts=(10000, 400, "random starts on (x − 1)² y²; a 20th on the other"),
+        steps=(1000, None, "steps of each run; with small learning rates more"),
+    )
 
     def plan(self):
-        rhos = [0.0, *VALLEY_RHOS]
-        yield from cases(function=["valley"], rho=rhos, learning_rate=[VALLEY_RATE])
+        rates = [VALLEY_RATE]
+        yield from cases(function=["valley"], rho=VALLEY_RHOS, learning_rate=rates)
         rates = RATES if not self.args.quick else RATES[6:]  # small ones: many steps
         yield from cases(function=["two minima"], rho=RHOS, learning_rate=rates)
 
@@ -101,18 +96,18 @@ class TwoMinima(Experiment):
         runs, rows = self.runs.of(function="valley"), []
         gd = np.array(runs[0]["eigenvalues"])
         # Where GD ends as in the review, on how many starts, and where SAM does.
-        alike = np.abs(gd - REVIEW["GD"]) < 0.01
+        alike = np.abs(gd - REVIEW) < 0.01
         for run in runs:
             found = np.array(run["eigenvalues"])
             row = [f"{run['rho']:g}" if run["rho"] else "GD", describe(found, 3)]
             row += [f"{(found - gd).mean():.2g}", f"{100 * np.mean(found < gd):.1f}"]
             rows.append([*row, describe(found[alike], 4) if alike.any() else ""])
         columns = ("rho", "largest eigenvalue", "less GD's", "SAM flatter (%)")
-        more = f"from the {alike.sum()} starts where GD's is {REVIEW['GD']} ± 0.01"
+        more = f"from the {alike.sum()} starts where GD's is {REVIEW} ± 0.01"
         self.print("(x − 1)² y²:")
         self.table((*columns, more), rows)
         runs, rows = self.runs.of(function="two minima"), []
-        groups = {f"ρ = {rho:g}" if rho else "GD": runs.of(rho=rho) for rho in RHOS}
+        groups = {f"ρ = {k:g}" if k else "GD": g for k, g in runs.by("rho").items()}
         for name, group in groups.items():
             shares = zip(*(group.column(f"{end}_percent") for end in ENDS), strict=True)
             rows.append((name, *("/".join(f"{s:.0f}" for s in c) for c in shares)))
