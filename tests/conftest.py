@@ -1,6 +1,9 @@
-"""Shared fixtures: the table of methods, and each method behind each door."""
+"""Settings that come before the first import of jax, and fixtures that many use."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -8,39 +11,45 @@ os.environ["XLA_FLAGS"] = (
     # LLVM's own optimizations take a fifth of the suite's time: XLA's are before it.
     " --xla_backend_optimization_level=0"
 )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The workers, which inherit this, and the scripts that tests start compile most
+    # programs once between them.
+    _cache = tempfile.mkdtemp(prefix="sam_optax-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
+import jax
 import pytest
 
-from doors import DOORS
-from lab import lab
-from methods import BOTH_DOORS, TABLE
+from methods import KINDS, TABLE
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("suite")
 
-
-@pytest.fixture(params=DOORS)
-def door(request):
-    return DOORS[request.param]
-
-
-@pytest.fixture(params=TABLE)
-def row(request):
-    return TABLE[request.param]
-
-
-BENCHES = [
-    (name, door)
+ONE_OF_EACH_KIND = [
+    pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
     for name in TABLE
-    for door in DOORS
-    if door == "door1" or name in BOTH_DOORS
 ]
 
 
-@pytest.fixture(params=BENCHES, ids="-".join)
-def bench(request):
-    """One method behind one door, with its compiled steps."""
-    return lab(*request.param)
+@pytest.fixture(params=TABLE, scope="module")
+def name(request):
+    """Every row of the table: for what a method could get wrong."""
+    return request.param
+
+
+@pytest.fixture(params=ONE_OF_EACH_KIND, scope="module")
+def kind(request):
+    """One row of each kind, and the others with -m slow: for what the core does."""
+    return request.param
+
+
+@pytest.fixture
+def double_precision():
+    with jax.enable_x64(True):
+        yield

@@ -1,9 +1,12 @@
-"""Compiled steps, one of a kind per method and door, shared by the tests that use them.
+"""Compiled steps, shared by the tests that use them.
 
-XLA takes longer to compile a step than the tests take to run it.
+XLA takes longer to compile a step than the tests take to run it, so the contracts of a
+method run on two programs: one that shows everything of a step and takes whatever could
+be asked of it as arguments, and one of half-precision parameters under a mask.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,65 +17,16 @@ import problem
 from doors import DOORS
 from methods import TABLE
 
-SWITCH = 2  # the step at which the schedules below change from their first value
+SWITCH = 2  # the step at which schedules change from their first value
+NEVER = 10**6
 
 
-def base():
-    return optax.sgd(0.1, momentum=0.9)
+class Shown(NamedTuple):
+    """What a step shows."""
 
-
-def finite_base():
-    return optax.apply_if_finite(base(), max_consecutive_errors=5)
-
-
-def schedules(row):
-    """Every hyperparameter of a row as a schedule that switches at step SWITCH."""
-    return {
-        name: lambda step, a=low, b=high: jnp.where(step < SWITCH, a, b)
-        for name, (low, high) in row.schedulable.items()
-    }
-
-
-class Lab:
-    """One method behind one door."""
-
-    def __init__(self, row_name, door_name):
-        self.row = TABLE[row_name]
-        self.door = DOORS[door_name]
-        self.traces = 0
-
-    def step(self, sam, base=None, loss=problem.loss):
-        """(tx, step), not compiled."""
-        tx = optax.chain(sam, globals()["base"]() if base is None else base)
-        return tx, self.door(sam, tx, loss)
-
-    @functools.cached_property
-    def _traced(self):
-        @jax.jit
-        def step(params, state, batch, values):
-            self.traces += 1
-            return self.step(self.row(**values))[1](params, state, batch)
-
-        return step
-
-    def init(self):
-        """State for `traced` steps."""
-        return self.step(self.row())[0].init(problem.params())
-
-    def traced(self, params, state, batch, **values):
-        """One step of SGD with momentum, every hyperparameter traced."""
-        values = self.row.values() | values
-        values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
-        return self._traced(params, state, batch, values)
-
-    @functools.cached_property
-    def scheduled(self):
-        """(tx, step) with every hyperparameter on a schedule, and a finite check."""
-        tx, step = self.step(self.row(**schedules(self.row)), finite_base())
-        return tx, jax.jit(step)
-
-
-lab = functools.cache(Lab)
+    epsilon: Any  # w + ε − w, at least in float32; None on a step of the cadence
+    d: Any
+    state: Any
 
 
 @jax.jit
@@ -80,10 +34,182 @@ def gradient(params, batch):
     return jax.grad(problem.loss)(params, batch)
 
 
+def half_params():
+    """Parameters of several dtypes; the one that `HALF_MASK` leaves out is not zero."""
+    params = jax.tree.map(jnp.zeros_like, problem.params())
+    return {
+        "a": params["a"].astype(jnp.bfloat16),
+        "b": {"c": params["b"]["c"] + 0.3, "d": params["b"]["d"].astype(jnp.float16)},
+    }
+
+
+HALF_MASK = {"a": True, "b": {"c": False, "d": True}}
+
+
+def half_slope(t):
+    """Of the size of 300, whose square leaves float16."""
+    rng = np.random.default_rng(t)
+    return jax.tree.map(
+        lambda w: jnp.asarray(300 * (1 + 0.3 * rng.normal(size=w.shape)), w.dtype),
+        half_params(),
+    )
+
+
+@jax.jit
+def half_gradient(point, slope):
+    """Of slope · w + 5 |w|², in the dtypes of the parameters."""
+    return jax.tree.map(
+        lambda s, w: (s.astype(jnp.float32) + 10 * w).astype(w.dtype), slope, point
+    )
+
+
+class Lab:
+    """One method."""
+
+    def __init__(self, name):
+        self.row = TABLE[name]
+        self.traces = 0
+
+    def scheduled(self, values=None, switch=SWITCH, **options):
+        """The method with every hyperparameter on a schedule that switches once."""
+        first, second = values or (self.row.values(0), self.row.values(1))
+        schedules = {
+            name: lambda t, a=first[name], b=second[name]: jnp.where(t < switch, a, b)
+            for name in first
+        }
+        return self.row(**schedules, **options)
+
+    def init(self, w=None):
+        return self.scheduled().init(problem.params() if w is None else w)
+
+    @functools.cached_property
+    def _show(self):
+        @functools.partial(jax.jit, static_argnames="ascend")
+        def show(w, g, state, batch, is_linear, values, switch, ascend):
+            self.traces += 1
+            points = []
+
+            def grad_fn(point):
+                points.append(point)
+                there = jax.grad(problem.loss)(point, batch)
+                return jax.tree.map(lambda a, b: jnp.where(is_linear, a, b), g, there)
+
+            sam = self.scheduled(values, switch)
+            d, state = sam.update(g, state, w, grad_fn=grad_fn, ascend=ascend)
+            epsilon = jax.tree.map(jnp.subtract, points[-1], w) if ascend else None
+            return Shown(epsilon, d, state)
+
+        return show
+
+    def show(
+        self,
+        w,
+        state,
+        batch,
+        g=None,
+        *,
+        first=None,
+        second=None,
+        switch=SWITCH,
+        is_linear=False,
+        ascend=True,
+    ):
+        """One step, with ε; or one that the cadence decides on, with ascend=None.
+
+        g is the gradient on the batch unless it is given. The loss is linear if
+        is_linear: then the gradient is g everywhere. The hyperparameters have their
+        first values before step `switch`, and then their second ones.
+        """
+        values = (self.row.values(0) | (first or {}), self.row.values(1))
+        values = values[0], values[1] | (second or {})
+        values = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+        g = gradient(w, batch) if g is None else g
+        return self._show(
+            w, g, state, batch, jnp.bool_(is_linear), values, jnp.int32(switch), ascend
+        )
+
+    def run(self, steps, w=None, state=None, start=0, **options):
+        """What each of some steps of SGD shows, with the parameters it begins at."""
+        w = problem.params() if w is None else w
+        state = self.init() if state is None else state
+        shown = []
+        for t in range(start, start + steps):
+            step = self.show(w, state, problem.batch(t), **options)
+            shown.append((w, step))
+            w = jax.tree.map(lambda w, d: w - 0.1 * d, w, step.d)
+            state = step.state
+        return shown
+
+    @functools.cached_property
+    def halves(self):
+        """One step in half precision under a mask, (state, slope) -> what it shows."""
+
+        @jax.jit
+        def show(state, slope):
+            points = []
+
+            def grad_fn(point):
+                points.append(point)
+                return half_gradient(point, slope)
+
+            sam = self.scheduled(mask=HALF_MASK)
+            w = half_params()
+            d, state = sam.update(
+                half_gradient(w, slope), state, w, grad_fn=grad_fn, ascend=True
+            )
+            epsilon = jax.tree.map(
+                lambda q, w: q.astype(jnp.float32) - w.astype(jnp.float32),
+                points[-1],
+                w,
+            )
+            return Shown(epsilon, d, state)
+
+        return show
+
+
+lab = functools.cache(Lab)
+
+
+# --- A method behind a door, in training.
+
+
+def base():
+    return optax.sgd(0.1, momentum=0.9)
+
+
+class Bench:
+    """One method behind one door."""
+
+    def __init__(self, name, door):
+        self.row = TABLE[name]
+        self.door = DOORS[door]
+
+    def step(self, sam, base=base, loss=problem.loss):
+        """(tx, step), not compiled."""
+        tx = optax.chain(sam, base())
+        return tx, self.door(sam, tx, loss)
+
+    @functools.cached_property
+    def training(self):
+        """(tx, compiled step) of SGD with momentum that skips what is not finite."""
+
+        def finite_base():
+            return optax.apply_if_finite(base(), max_consecutive_errors=5)
+
+        tx, step = self.step(self.row(), finite_base)
+        return tx, jax.jit(step)
+
+
+bench = functools.cache(Bench)
+
+
 def train(step, params, state, steps, start=0, **kwargs):
     for t in range(start, start + steps):
         params, state, _ = step(params, state, problem.batch(t), **kwargs)
     return params, state
+
+
+# --- Comparisons.
 
 
 def assert_trees_close(actual, expected, rtol=0.0, atol=0.0):
@@ -101,5 +227,16 @@ def assert_trees_equal(actual, expected):
     assert_trees_close(actual, expected)
 
 
+def are_equal(a, b):
+    """Whether two trees are, bit by bit."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)
+
+
 def all_finite(tree):
     return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def floats(tree):
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]

@@ -68,7 +68,7 @@ def test_the_report_has_every_comparison_and_its_target(directory):
     assert overheads["by hand"]["passes"] == 7
     least = overheads["stable_sam"]["least"] * result["steps"]["stable_sam"]["time"]
     passes = least * result["bandwidth"] / (4 * result["parameters"])
-    assert passes == pytest.approx(8)
+    assert passes == pytest.approx(8, rel=1e-3)  # the file has four digits
     (verdict,) = report["targets"]
     assert verdict["step"] == "rst, p = 0.5"
     assert verdict["met"] == (round(verdict["measured"], 3) <= verdict["target"])
@@ -79,7 +79,8 @@ def test_a_mean_weighs_its_parts(directory):
     steps = report["results"][0]["steps"]
     ascends, does_not = steps["rst, ascends"], steps["rst, does not"]
     mean = steps["rst, p = 0.5"]
-    assert mean["flops"] == pytest.approx((ascends["flops"] + does_not["flops"]) / 2)
+    flops = (ascends["flops"] + does_not["flops"]) / 2
+    assert mean["flops"] == pytest.approx(flops, rel=1e-3)
     assert mean["memory"] == max(ascends["memory"], does_not["memory"])
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import sam_optax
 from lab import assert_trees_close
+from sam_optax.data import Choice, k_sam, largest_increase, sub_batch
 
 RHO, RATE = 0.3, 0.1
 
@@ -103,7 +104,7 @@ def sam():
 )
 def test_a_sub_batch_makes_the_perturbation(passes, fraction, part):
     w, batch = make_params(), make_batch()
-    rule = sam_optax.sub_batch(fraction)
+    rule = sub_batch(fraction)
     step = passes(sam(), losses_and_size, has_aux=True, data=rule, **BOTH)
     (loss, seen), d, _ = jax.jit(step)(w, sam().init(w), *batch)
     some = pick(batch, part)
@@ -157,7 +158,7 @@ def test_the_descent_selects_by_the_increase_of_the_loss(
     passes, gamma, as_released, count
 ):
     w, batch = make_params(), make_batch()
-    rule = sam_optax.largest_increase(gamma, as_released=as_released)
+    rule = largest_increase(gamma, as_released=as_released)
     step = passes(sam(), losses, data=rule, **BOTH)
     loss, d, _ = jax.jit(step)(w, sam().init(w), *batch)
     there = perturbed(w, gradient(w, *batch))
@@ -170,7 +171,7 @@ def test_the_descent_selects_by_the_increase_of_the_loss(
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_k_sam_selects_by_the_loss_for_both_gradients(passes, k):
     w, batch = make_params(), make_batch()
-    rule = sam_optax.k_sam(k)
+    rule = k_sam(k)
     step = passes(sam(), losses_and_size, has_aux=True, data=rule, **BOTH)
     (loss, seen), d, _ = jax.jit(step)(w, sam().init(w), *batch)
     some = pick(batch, np.argsort(-np.asarray(losses(w, *batch)))[:k])
@@ -185,7 +186,9 @@ def test_a_rule_of_ones_own(passes):
 
     def warmest(batch, params):
         part = batch.take(slice(None, 3))
-        return sam_optax.Choice(part.gradient(params), part, lambda point: batch)
+        return Choice(
+            part.gradient(params), part.gradient, batch.gradient, recompute=True
+        )
 
     w, batch = make_params(), make_batch()
     step = passes(sam(), losses, data=warmest, **BOTH)
@@ -215,7 +218,7 @@ def test_a_full_gradient_reaches_the_ascent(passes):
 def elsewhere(request):
     """(options, call) whose g is that of other examples than the descent's."""
     if request.param == "sub_batch":
-        return BOTH | {"data": sam_optax.sub_batch(0.25)}, {}
+        return BOTH | {"data": sub_batch(0.25)}, {}
     return BOTH, {"ascent_batch": make_batch(1)}
 
 
@@ -296,7 +299,7 @@ def test_further_ascent_steps_see_the_ascents_examples(passes, elsewhere):
 def test_a_sub_batch_of_a_very_large_batch():
     """Whose size times the number taken is beyond 32 bits."""
     x = jnp.concatenate([jnp.zeros(30000), jnp.ones(30000)])
-    rule = sam_optax.sub_batch(0.7)
+    rule = sub_batch(0.7)
     helper = sam_optax.value_and_ascent_grad(lambda w, x: w * x, data=rule)
     loss, g, _ = helper(jnp.array(1.0), x)
     assert loss == pytest.approx(0.5, abs=1e-4)
@@ -305,7 +308,7 @@ def test_a_sub_batch_of_a_very_large_batch():
 
 def test_a_numpy_batch_that_is_closed_over():
     x, y = map(np.asarray, make_batch())
-    helper = sam_optax.value_and_ascent_grad(losses, data=sam_optax.k_sam(3), **BOTH)
+    helper = sam_optax.value_and_ascent_grad(losses, data=k_sam(3), **BOTH)
     loss = jax.jit(lambda w: helper(w, x, y)[0])(make_params())
     np.testing.assert_allclose(loss, mean_loss(make_params(), x, y), rtol=1e-5)
 
@@ -313,7 +316,7 @@ def test_a_numpy_batch_that_is_closed_over():
 def test_labels_bound_by_partial_are_not_overlooked():
     x, y = make_batch()
     bound = functools.partial(losses, y=y)
-    helper = sam_optax.value_and_ascent_grad(bound, data=sam_optax.k_sam(1))
+    helper = sam_optax.value_and_ascent_grad(bound, data=k_sam(1))
     with pytest.raises(ValueError, match=r"bound by functools\.partial"):
         helper(make_params(), x)
 
@@ -333,7 +336,7 @@ def keyword_losses(w, *, x, y, shift=0.0):
 )
 def test_the_batch_is_where_it_is_said_to_be(passes, loss_fn, options, as_keywords):
     w, (x, y) = make_params(), make_batch()
-    data = sam_optax.k_sam(4)
+    data = k_sam(4)
     step = jax.jit(passes(sam(), loss_fn, data=data, **options))
     call = ((), {"x": x, "y": y}) if as_keywords else ((x, y), {})
     _, d, _ = step(w, sam().init(w), *call[0], **call[1])
@@ -350,7 +353,7 @@ def test_a_batch_in_one_argument_is_found_beside_keys_and_strings(passes):
 
     w, (x, y) = make_params(), make_batch()
     key = jax.random.key(0)
-    step = passes(sam(), loss_fn, data=sam_optax.k_sam(4))
+    step = passes(sam(), loss_fn, data=k_sam(4))
     run = functools.partial(step, w, sam().init(w))
     _, d, _ = jax.jit(lambda b, k: run(b, k, "train"))({"x": x, "y": y}, key)
     kept = x * jax.random.bernoulli(key, 0.5, (4,))
@@ -374,9 +377,9 @@ def flops(function, *args):
     ("data", "gradients"),
     [
         (None, 2),
-        (sam_optax.sub_batch(0.25), 1.25),
-        (sam_optax.k_sam(8), 2 * 8 / 32 + 1 / 2.5),
-        (sam_optax.largest_increase(0.5), 1 + 0.5 + 1 / 2.5),
+        (sub_batch(0.25), 1.25),
+        (k_sam(8), 2 * 8 / 32 + 1 / 2.5),
+        (largest_increase(0.5), 1 + 0.5 + 1 / 2.5),
     ],
 )
 def test_the_price_of_a_rule(data, gradients):
@@ -392,7 +395,7 @@ def test_the_price_of_a_rule(data, gradients):
 
 @pytest.mark.parametrize(
     "data",
-    [sam_optax.sub_batch(0.25), sam_optax.k_sam(4)],
+    [sub_batch(0.25), k_sam(4)],
     ids=["sub_batch", "k_sam"],
 )
 def test_the_reported_gap_is_that_of_the_examples_of_the_descent(data):
@@ -419,7 +422,7 @@ def run(loss_fn=losses, args=None, call=None, **options):
     extra["grad_fn"](w)
 
 
-HIGHEST = BOTH | {"data": sam_optax.k_sam(3)}
+HIGHEST = BOTH | {"data": k_sam(3)}
 X, Y = make_batch()
 
 
@@ -427,12 +430,12 @@ X, Y = make_batch()
     ("options", "message"),
     [
         (
-            {"data": sam_optax.k_sam(13)} | BOTH,
+            {"data": k_sam(13)} | BOTH,
             "at most the size .*, 12, got 13",
         ),
-        ({"data": sam_optax.sub_batch(0.05)} | BOTH, "selects none of the 12 examples"),
+        ({"data": sub_batch(0.05)} | BOTH, "selects none of the 12 examples"),
         (
-            {"data": sam_optax.largest_increase(0.1, as_released=True)} | BOTH,
+            {"data": largest_increase(0.1, as_released=True)} | BOTH,
             "gamma is so small",
         ),
         (HIGHEST | {"loss_fn": mean_loss}, r"of shape \(12,\), not their mean"),
@@ -442,7 +445,7 @@ X, Y = make_batch()
         ),
         (
             {
-                "data": sam_optax.largest_increase(0.5),
+                "data": largest_increase(0.5),
                 "loss_fn": mean_loss,
                 **BOTH,
             },
@@ -461,10 +464,10 @@ X, Y = make_batch()
             "same dtypes",
         ),
         (HIGHEST | {"call": {"ascent_batch": (X, Y)}}, "pass one of them"),
-        ({"data": sam_optax.k_sam(3)}, r"Argument 2 .*batch_argnums=\(1, 2\)"),
+        ({"data": k_sam(3)}, r"Argument 2 .*batch_argnums=\(1, 2\)"),
         (HIGHEST | {"batch_argnums": (1, 3)}, "Argument 3 of loss_fn should hold"),
         (
-            {"data": sam_optax.k_sam(3), "batch_argnames": "z"},
+            {"data": k_sam(3), "batch_argnames": "z"},
             "'z', which was not passed by keyword",
         ),
         (HIGHEST | {"args": (X, Y[:5])}, r"of one length.*\(12, 4\), \(5,\)"),
@@ -482,12 +485,12 @@ def test_what_does_not_fit_says_why(options, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: sam_optax.sub_batch(0.0), "fraction must be > 0"),
-        (lambda: sam_optax.sub_batch(1.5), "fraction must be <= 1"),
-        (lambda: sam_optax.largest_increase(-0.5), "gamma must be > 0"),
-        (lambda: sam_optax.largest_increase(2.0), "gamma must be <= 1"),
-        (lambda: sam_optax.k_sam(0), "k must be an integer >= 1"),
-        (lambda: sam_optax.k_sam(0.5), "k must be an integer >= 1"),
+        (lambda: sub_batch(0.0), "fraction must be > 0"),
+        (lambda: sub_batch(1.5), "fraction must be <= 1"),
+        (lambda: largest_increase(-0.5), "gamma must be > 0"),
+        (lambda: largest_increase(2.0), "gamma must be <= 1"),
+        (lambda: k_sam(0), "k must be an integer >= 1"),
+        (lambda: k_sam(0.5), "k must be an integer >= 1"),
     ],
 )
 def test_a_rule_that_cannot_be_raises_when_building(build, message):
@@ -499,7 +502,7 @@ def test_a_rule_must_be_a_function_and_fractions_numbers():
     with pytest.raises(TypeError, match=r"data must be a data rule, such as .*0.25"):
         sam_optax.value_and_ascent_grad(losses, data=0.25)
     with pytest.raises(TypeError, match="it decides shapes"):
-        sam_optax.sub_batch(jnp.asarray(0.5))
+        sub_batch(jnp.asarray(0.5))
 
 
 def test_extra_args_that_the_helper_passes_itself():

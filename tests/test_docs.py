@@ -18,6 +18,7 @@ import pytest
 import sam_optax
 from lab import assert_trees_close, assert_trees_equal
 from sam_optax import plot, sharpness
+from sam_optax.methods import _record
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +31,15 @@ def assert_prints(actual, expected):
     assert NUMBER.sub("#", actual).split() == NUMBER.sub("#", expected).split()
     for a, e in zip(NUMBER.findall(actual), NUMBER.findall(expected), strict=True):
         assert float(a) == pytest.approx(float(e), rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """As it was: a page of documentation puts a method of its own into it."""
+    before = dict(_record._methods)
+    yield
+    _record._methods.clear()
+    _record._methods.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
@@ -50,16 +60,17 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page, capsys):
 
 def test_the_readme_holds_the_tables_of_methods():
     readme = (ROOT / "README.md").read_text()
-    assert sam_optax.methods_table() in readme
-    assert sam_optax.further_methods_table() in readme
+    assert sam_optax.methods.methods_table() in readme
+    assert sam_optax.methods.further_methods_table() in readme
 
 
 def test_every_method_is_registered_documented_and_public():
-    registries = (sam_optax.METHODS, sam_optax.FURTHER_METHODS)
+    registries = (sam_optax.METHODS, sam_optax.methods.FURTHER_METHODS)
     for name, method in (item for r in registries for item in r.items()):
-        assert getattr(sam_optax, name) is method.make
+        home = sam_optax if hasattr(sam_optax, name) else sam_optax.data
+        assert getattr(home, name) is method.make
         doc = method.make.__doc__
-        for section in (".. math::", "Args:", "Returns:", "Raises:", "Examples:"):
+        for section in (".. math::", "Args:", "Returns:", "Raises:"):
             assert section in doc, (name, section)
         assert "Cost:" in doc, name
         if method.source:
@@ -67,7 +78,7 @@ def test_every_method_is_registered_documented_and_public():
             assert "<https://" in doc, name
         if name in sam_optax.METHODS:
             assert "Differences from" in doc, name
-        gradients = method.gradients.removesuffix(" + a forward pass")
+        gradients = method.cost.removesuffix(" + a forward pass")
         assert f"Cost: {gradients} gradient" in doc, name
 
 
@@ -145,7 +156,7 @@ def test_a_new_method_takes_at_most_fifteen_lines():
     method = blocks[0][1]
     code = [line for line in method.split("def temper", 1)[1].splitlines() if line]
     assert len(code) <= 15
-    namespace = {}
+    namespace = {"__name__": "page"}
     exec(compile(method, "new-method.md", "exec"), namespace)
     w = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
     g = {"a": jnp.array([4.0, -9.0]), "b": jnp.array(0.0)}

@@ -1,4 +1,4 @@
-"""Trajectories that the authors' own code produced, in float64, through both doors.
+"""Trajectories that the authors' own code produced, in float64.
 
 Each file of `golden/` holds 20 steps of a published implementation on a small network;
 `golden/cases.json` names it, with its settings and the formula that its code computes.
@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import sam_optax
+from doors import DOORS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -32,7 +33,7 @@ def gsam(rho, alpha):
 def gsam_adaptive(rho, alpha):
     """ "ASAM + ascent": one composition, with no name of its own."""
     return sam_optax.sharpness_aware(
-        sam_optax.asam_ascent(rho, eta=0.0), descent=sam_optax.surrogate_gap(alpha)
+        sam_optax.ascents.asam(rho, eta=0.0), descent=sam_optax.descents.gsam(alpha)
     )
 
 
@@ -45,8 +46,8 @@ def gsam_jax(rho, alpha, minimize_fp, adaptive_perturbation):
         return jax.tree.map(lambda u, w: jnp.abs(w) * u, u, params)
 
     return sam_optax.sharpness_aware(
-        optax.chain(sam_optax.sam_ascent(rho), optax.stateless(weigh)),
-        descent=sam_optax.surrogate_gap(alpha, minimize=minimize),
+        optax.chain(sam_optax.ascents.sam(rho), optax.stateless(weigh)),
+        descent=sam_optax.descents.gsam(alpha, minimize=minimize),
     )
 
 
@@ -54,7 +55,7 @@ def ssamf(rho, mask):
     """The case fixes the mask by hand, which the named method renews."""
     return sam_optax.sharpness_aware(
         optax.chain(
-            sam_optax.sam_ascent(rho),
+            sam_optax.ascents.sam(rho),
             optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, mask)),
         )
     )
@@ -83,7 +84,7 @@ def esam(rho, beta, gamma):
     return sam_optax.sharpness_aware(
         optax.chain(
             optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), keep),
-            sam_optax.sam_ascent(rho),
+            sam_optax.ascents.sam(rho),
             optax.scale(1 / beta),
         )
     )
@@ -157,13 +158,18 @@ def mean_loss(params, x, y):
     return jnp.mean(losses(params, x, y))
 
 
+@pytest.mark.parametrize(
+    "door",
+    [DOORS["door1"], pytest.param(DOORS["door2"], marks=pytest.mark.slow)],
+    ids=DOORS,
+)
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_reproduces_the_authors_trajectory(case, door):
     data = np.load(GOLDEN / case["file"])
     loss_fn, options, extra = mean_loss, {}, {}
     if case["method"] == "esam":
         gamma = case["hyperparameters"]["gamma"]
-        rule = sam_optax.largest_increase(gamma, as_released=True)
+        rule = sam_optax.data.largest_increase(gamma, as_released=True)
         loss_fn, options = losses, {"data": rule, "batch_argnums": (1, 2)}
         extra = {"tensor_mask": data["tensor_mask"].astype(np.float64)}
     with jax.enable_x64(True):

@@ -106,6 +106,13 @@ def test_negative_losses_have_even_levels():
     )
 
 
+def test_large_losses_spread_over_all_colours():
+    losses = np.linspace(5000.0, 9000.0, SURFACE.losses.size)
+    axes = plot.surfaces(SURFACE._replace(losses=losses.reshape(SURFACE.losses.shape)))
+    edges = axes[0].collections[0].levels
+    assert edges[0] == pytest.approx(5000.0) and edges[-1] == pytest.approx(9000.0)
+
+
 def test_losses_that_overflow_or_vanish_do_not_spoil_a_surface():
     losses = np.array(SURFACE.losses)
     losses[0, 0], losses[1, 1], losses[2, 2] = np.inf, np.nan, 0

@@ -10,7 +10,7 @@ import pytest
 
 import sam_optax
 from methods import norm
-from sam_optax import _perturb, _tree
+from sam_optax import _tree
 
 ENTRIES = st.floats(-4, 4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
 # A few fixed shapes, because every new one is compiled anew.
@@ -45,13 +45,13 @@ def test_the_perturbation_has_norm_rho_at_every_loss_scale(tree, log10_scale, rh
     scale = np.float32(10.0**log10_scale)
     tree = [leaf * scale for leaf in tree]
     hypothesis.assume(any(np.any(np.abs(leaf) > 1e-36) for leaf in tree))
-    epsilon = ascend(sam_optax.sam_ascent(rho, p=p), tree)
+    epsilon = ascend(sam_optax.ascents.sam(rho, p=p), tree)
     assert norm(epsilon, p) == pytest.approx(rho, rel=2e-5)
 
 
 @hypothesis.given(tree=TREES, log2_scale=st.integers(-90, 90))
 def test_the_perturbation_does_not_depend_on_the_loss_scale(tree, log2_scale):
-    ascent = sam_optax.sam_ascent(0.5)
+    ascent = sam_optax.ascents.sam(0.5)
     plain = ascend(ascent, tree)
     scaled = ascend(ascent, [leaf * np.float32(2.0**log2_scale) for leaf in tree])
     for a, b in zip(plain, scaled, strict=True):
@@ -63,10 +63,10 @@ def test_the_perturbation_does_not_depend_on_the_order_of_leaves(tree, order):
     positions = list(range(len(tree)))
     order.shuffle(positions)
     for ascent in (
-        sam_optax.sam_ascent(0.5),
-        sam_optax.sam_ascent(0.5, p=3),
-        sam_optax.asam_ascent(0.5),
-        sam_optax.fsam_ascent(0.5),
+        sam_optax.ascents.sam(0.5),
+        sam_optax.ascents.sam(0.5, p=3),
+        sam_optax.ascents.asam(0.5),
+        sam_optax.ascents.fsam(0.5),
     ):
         plain = ascend(ascent, tree)
         shuffled = ascend(ascent, [tree[i] for i in positions])
@@ -83,8 +83,8 @@ def test_asam_is_equivariant_under_rescaling_of_the_weights(data):
     scales = st.floats(0.125, 8, width=32)
     a = data.draw(hnp.arrays(np.float32, shape, elements=scales))
     for ascent in (
-        sam_optax.asam_ascent(0.5, eta=0.0),
-        sam_optax.fasam_ascent(0.5, eta=0.0),
+        sam_optax.ascents.asam(0.5, eta=0.0),
+        sam_optax.ascents.fasam(0.5, eta=0.0),
     ):
         plain = ascend(ascent, [g], [w])[0]
         rescaled = ascend(ascent, [g / a], [a * w])[0]
@@ -94,53 +94,12 @@ def test_asam_is_equivariant_under_rescaling_of_the_weights(data):
 @hypothesis.given(tree=TREES)
 def test_an_ascent_raises_the_loss_to_first_order(tree):
     for ascent in (
-        sam_optax.sam_ascent(0.5),
-        sam_optax.sam_ascent(0.5, p=3),
-        sam_optax.sam_ascent(0.5, p=np.inf),
-        sam_optax.asam_ascent(0.5),
-        sam_optax.usam_ascent(0.5),
-        sam_optax.fsam_ascent(0.5),
+        sam_optax.ascents.sam(0.5),
+        sam_optax.ascents.sam(0.5, p=3),
+        sam_optax.ascents.sam(0.5, p=np.inf),
+        sam_optax.ascents.asam(0.5),
+        sam_optax.ascents.usam(0.5),
+        sam_optax.ascents.fsam(0.5),
     ):
         epsilon = ascend(ascent, tree)
         assert float(_tree.dot(epsilon, [jnp.asarray(x) for x in tree])) > 0
-
-
-@hypothesis.given(x=st.floats(-3, 3, width=32), dtype=st.sampled_from(["bf16", "f16"]))
-def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour(x, dtype):
-    dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[dtype]
-    hypothesis.assume(x == 0 or abs(x) > 1e-3)
-    draws = 4096
-    wide = jnp.full((draws,), x, jnp.float32)
-    zero = jnp.zeros((draws,), dtype)
-    rounded = _perturb.round_stochastically(zero, wide, jax.random.key(0))
-    values = np.unique(np.asarray(rounded, np.float32))
-    assert len(values) <= 2
-    assert values.min() <= x <= values.max()
-    gap = values.max() - values.min()
-    mean = np.asarray(rounded, np.float64).mean()
-    assert abs(mean - x) <= 4 * gap / 2 / np.sqrt(draws) + 1e-12
-
-
-def test_stochastic_rounding_leaves_wide_leaves_alone_and_leaves_independent():
-    tree = {"a": jnp.ones(1000, jnp.bfloat16), "b": jnp.ones(1000, jnp.bfloat16)}
-    wide = {"c": jnp.ones(3, jnp.float32)}
-    shift = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, jnp.float32), tree | wide)
-    out = _perturb.round_stochastically(tree | wide, shift, jax.random.key(1))
-    np.testing.assert_array_equal(out["c"], np.float32(1) + np.float32(1e-3))
-    up_a, up_b = (np.asarray(out[k], np.float32) > 1 for k in "ab")
-    # 1 + 1e-3 lies 0.128 of the way to bfloat16's next value, 1 + 2^-7.
-    for up in (up_a, up_b):
-        assert up.mean() == pytest.approx(0.128, abs=0.05)
-    assert (up_a & up_b).mean() == pytest.approx(0.128**2, abs=0.02)
-
-
-def test_round_to_nearest_swallows_what_stochastic_rounding_keeps():
-    """Why half-precision parameters are warned of: a usual ε moves none of 1e5."""
-    w = jnp.ones(100_000, jnp.bfloat16)
-    epsilon = jnp.full(w.shape, 0.05 / np.sqrt(w.size), jnp.float32)
-    assert not np.any(np.asarray(_perturb.round_to_nearest(w, epsilon) != w))
-    moved = _perturb.round_stochastically(w, epsilon, jax.random.key(0))
-    shift = np.asarray(moved, np.float64) - 1
-    expected = float(epsilon[0])
-    deviation = 2**-7 * np.sqrt(expected / 2**-7 / w.size)
-    assert shift.mean() == pytest.approx(expected, abs=4 * deviation)

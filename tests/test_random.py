@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sam_optax
-from sam_optax._sparse import _keep_largest
+from sam_optax.methods._ssam import _keep_largest
 
 DRAWS = 400
 W = {"a": jnp.zeros((10, 20)), "b": jnp.zeros(300)}
@@ -168,31 +168,6 @@ def test_rst_follows_a_schedule_of_its_probability():
         d, state = sam.update(G, state, W, grad_fn=lambda p: p)
         chosen.append(bool(jnp.any(d["b"] != G["b"])))
     assert chosen == [False] * 5 + [True] * 3
-
-
-def test_rounding_with_the_key_of_another_part_is_unbiased():
-    w = jnp.ones(100_000, jnp.bfloat16)
-    sam = sam_optax.esam(rho=1.0, beta=0.6, key=0, stochastic_rounding=0)
-    d, _ = sam.update(w, sam.init(w), w, grad_fn=lambda point: point)
-    moved = np.asarray(d, np.float64) - 1
-    # Of the next number above 1, at 2^-7, a share that makes the mean 1/sqrt(n).
-    deviation = np.sqrt(2**-7 * 1e5**-0.5 / len(w))
-    assert moved.mean() == pytest.approx(1e5**-0.5, abs=4 * deviation)
-
-
-@pytest.mark.parametrize("make", [sam_optax.multi_step_sam, sam_optax.rsam])
-def test_the_points_on_the_way_are_rounded_alike(make):
-    """Rounded to the nearest, all of them would be w."""
-    w, seen = jnp.ones(100_000, jnp.bfloat16), []
-
-    def grad_fn(point):
-        seen.append(np.mean(np.asarray(point) != 1))
-        return w
-
-    sam = make(rho=0.05, stochastic_rounding=0)
-    sam.update(w, sam.init(w), w, grad_fn=grad_fn)
-    assert len(seen) == 2
-    assert min(seen) > 0.001
 
 
 @pytest.mark.parametrize(

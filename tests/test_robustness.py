@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import problem
-from lab import all_finite
+from lab import all_finite, floats
 from methods import TABLE
 
 
@@ -50,10 +50,6 @@ class Everything:
 @pytest.fixture(scope="module")
 def everything():
     return Everything()
-
-
-def floats(tree):
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +135,22 @@ TREES = st.recursive(
 ).map(lambda tree: {"tree": tree})
 
 
+def test_a_tree_of_everything_goes_through_every_method():
+    """Nested, empty, of mixed dtypes, with None and arrays without entries."""
+    leaves = [jnp.ones(3, jnp.bfloat16), jnp.full((2,), 0.1, jnp.float16)]
+    sizes = {"number": jnp.asarray(0.5), "none": jnp.zeros((0,)), "b": jnp.ones((2, 2))}
+    goes_through_every_method({"a": (None, [*leaves, {}]), **sizes})
+    goes_through_every_method({"a": None, "b": ()})
+
+
+@pytest.mark.slow
 @hypothesis.given(params=TREES)
 @hypothesis.settings(max_examples=8)
 def test_any_tree_of_parameters_goes_through_every_method(params):
-    """Nested, empty, of mixed dtypes, with None and arrays without entries."""
+    goes_through_every_method(params)
 
+
+def goes_through_every_method(params):
     def grad_fn(point):
         return jax.tree.map(lambda w: jnp.sin(w) + w, point)
 

@@ -1,0 +1,105 @@
+"""Gradients that are not finite come out and never go in, whoever sees them first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import problem
+import sam_optax
+from doors import DOORS
+from lab import (
+    all_finite,
+    assert_trees_equal,
+    bench,
+    floats,
+    gradient,
+    train,
+)
+from methods import TABLE
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_batch_is_skipped_and_training_goes_on(kind, door, bad):
+    """The base optimizer, which is behind, sees it in d."""
+    tx, step = bench(kind, door).training
+    w, state = train(step, problem.params(), tx.init(problem.params()), 2)
+    x, y = problem.batch(2)
+    after, new_state, _ = step(w, state, (x.at[0, 0].set(bad), y))
+    assert not new_state[1].last_finite
+    assert_trees_equal(after, w)
+    assert_trees_equal(floats(new_state[0]), floats(state[0]))
+    for new, old in zip(*map(jax.tree.leaves, (new_state[0], state[0])), strict=True):
+        if new.dtype == jnp.uint32:
+            assert np.any(new != old)
+        elif jnp.issubdtype(new.dtype, jnp.integer):
+            assert new == old + 1
+    final, final_state = train(step, after, new_state, 3, start=3)
+    assert all_finite((final, final_state))
+    assert optax.tree.norm(optax.tree.sub(final, after)) > 1e-4
+
+
+def with_nan(g):
+    g["b"]["c"] = g["b"]["c"].at[1].set(jnp.nan)
+    return g
+
+
+def grad_fn(w):
+    return gradient(w, problem.batch())
+
+
+@pytest.mark.parametrize("ascend", [False, jnp.bool_(False)], ids=["static", "traced"])
+def test_a_bad_gradient_is_seen_on_a_step_that_does_not_ascend(kind, ascend):
+    sam, w = TABLE[kind](guard=True), problem.params()
+    g = with_nan(grad_fn(w))
+    d, _ = sam.update(g, sam.init(w), w, grad_fn=grad_fn, ascend=ascend)
+    assert not all_finite(d)
+
+
+def test_the_guard_can_be_switched_off(kind):
+    w = problem.params()
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), w)
+    for guard in (True, False):
+        sam = TABLE[kind](guard=guard)
+        _, state = sam.update(nan, sam.init(w), w, grad_fn=lambda p: nan, ascend=True)
+        assert all_finite(state) == (guard or not floats(state))
+
+
+def test_an_overflow_is_seen_where_a_rectifier_would_hide_it(kind):
+    """At w + NaN the gradient of a relu is zero, and d would be finite."""
+    x = jnp.ones((4, 2))
+
+    def loss_fn(w):
+        return 1e30 * jnp.sum(1e30 * jax.nn.relu(x @ w))
+
+    w = jnp.array([1.0, 2.0])
+    g = jax.grad(loss_fn)(w)
+    assert not all_finite(g)
+    row = TABLE[kind]
+    if row.follows == "noise":  # these do not look at this gradient
+        return
+    sam = row()
+    d, state = sam.update(g, sam.init(w), w, grad_fn=jax.grad(loss_fn), ascend=True)
+    assert not all_finite(d)
+    assert all_finite(state)
+
+
+def test_nothing_is_nan_on_a_healthy_step():
+    sam = sam_optax.fsam()
+    w = jnp.ones(2)
+    with jax.debug_nans(True):
+        sam.update(w, sam.init(w), w, grad_fn=lambda p: p)
+
+
+def test_look_sam_keeps_no_direction_of_a_bad_second_gradient():
+    """Of parameters without a scalar, by which a state is judged besides."""
+    sam, w = sam_optax.look_sam(0.5, k=1), jnp.array([3.0, 4.0])
+    _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: p * p)
+    bad = jnp.array([1.0, jnp.inf])
+    _, after = sam.update(w, state, w, grad_fn=lambda p: bad)
+    before = state.cadence_state
+    assert np.all(before.kept_direction != 0)
+    assert_trees_equal(after.cadence_state.kept_direction, before.kept_direction)
+    assert after.cadence_state.cadence_step == before.cadence_step + 1

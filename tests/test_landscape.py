@@ -1,0 +1,71 @@
+"""Lines and planes through the loss, and the directions that span them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lab import assert_trees_close
+from sam_optax import sharpness
+from sharpness_problem import (
+    loss_fn,
+    network,
+)
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def test_lines_and_planes_are_losses_at_their_points():
+    params, data = network()
+    u, v = (sharpness.random_direction(params, key=key) for key in (1, 2))
+    xs, ys = np.array([-1.0, 0.0, 0.5]), np.array([0.0, 2.0])
+
+    def at(x, y):
+        moved = jax.tree.map(lambda w, a, b: w + x * a + y * b, params, u, v)
+        return float(loss_fn(moved, *data))
+
+    surface = sharpness.over_plane(loss_fn, params, data, (u, v), xs, ys, batch_size=7)
+    expected = [[at(x, y) for x in xs] for y in ys]
+    np.testing.assert_allclose(surface.losses, expected, rtol=1e-12)
+    line = sharpness.along_line(loss_fn, params, data, v, ys)
+    np.testing.assert_allclose(line.losses, [at(0, y) for y in ys], rtol=1e-12)
+    np.testing.assert_array_equal(line.distances, ys)
+
+
+def test_interpolation_passes_through_both_solutions():
+    params, data = network()
+    other = jax.tree.map(lambda w: -w, params)
+    line = sharpness.interpolate(loss_fn, params, other, data, [0, 0.5, 1, 2])
+    ends = [params, jax.tree.map(jnp.zeros_like, params), other]
+    ends.append(jax.tree.map(lambda w: -3 * w, params))
+    expected = [float(loss_fn(end, *data)) for end in ends]
+    np.testing.assert_allclose(line.losses, expected, rtol=1e-12)
+
+
+def test_directions():
+    params, data = network()
+    random = sharpness.random_direction(params)
+    assert float(optax.tree.norm(random)) == pytest.approx(1)
+    other = sharpness.random_direction(params, key=1)
+    assert abs(float(optax.tree.vdot(random, other))) < 0.5
+
+    params = {"conv": jax.random.normal(jax.random.key(0), (3, 3, 2, 4)), **params}
+    filters = sharpness.filter_normalized_direction(params, key=1)
+    for name, axes in (("conv", (0, 1, 2)), ("a", (0,))):
+        np.testing.assert_allclose(
+            np.sqrt(np.sum(filters[name] ** 2, axis=axes)),
+            np.sqrt(np.sum(params[name] ** 2, axis=axes)),
+        )
+    assert not np.any(filters["b"])
+    filters = sharpness.filter_normalized_direction(params, filter_axis=0)
+    np.testing.assert_allclose(
+        np.sqrt(np.sum(filters["a"] ** 2, axis=1)),
+        np.sqrt(np.sum(params["a"] ** 2, axis=1)),
+    )
+
+    params, data = network()
+    steepest = sharpness.gradient_direction(loss_fn, params, data, batch_size=7)
+    gradient = jax.grad(loss_fn)(params, *data)
+    norm = optax.tree.norm(gradient)
+    assert_trees_close(steepest, jax.tree.map(lambda g: g / norm, gradient), rtol=1e-9)

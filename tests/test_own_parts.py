@@ -1,0 +1,130 @@
+"""A user's own ascent, descent or cadence, in the place of ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sam_optax
+from quadratic import H, W, assert_same, descend
+from sam_optax import ascents, cadences
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def test_a_descent_sees_both_gradients_and_the_perturbation():
+    """d = 2 gᵃ − g + ε, as a stateful transformation with schedule-like state."""
+
+    def init_fn(params):
+        return jnp.zeros((), jnp.int32)
+
+    def update_fn(
+        updates, state, params=None, *, ascent_gradient, perturbation, **extra
+    ):
+        d = jax.tree.map(
+            lambda ga, g, e: 2 * ga - g + e * (state % 2),
+            updates,
+            ascent_gradient,
+            perturbation,
+        )
+        return d, state + 1
+
+    sam = sam_optax.sharpness_aware(
+        ascents.sam(0.5),
+        descent=optax.GradientTransformationExtraArgs(init_fn, update_fn),
+    )
+    w, visited = W, []
+    for t in range(4):
+        g = H @ w
+        e = 0.5 * g / np.linalg.norm(g)
+        w = w - 0.1 * (2 * H @ (w + e) - g + e * (t % 2))
+        visited.append(w)
+    assert_same(descend(sam), np.stack(visited))
+
+
+def test_a_descent_advances_on_skipped_steps_too():
+    """Its schedule must not lag behind the steps."""
+
+    def update_fn(updates, state, params=None, **extra):
+        return updates, state + 1
+
+    descent = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros((), jnp.int32), update_fn
+    )
+    sam = sam_optax.sharpness_aware(
+        ascents.sam(0.5),
+        descent=descent,
+        cadence=cadences.every_k(2),
+    )
+    w = jnp.asarray(W)
+    state = sam.init(w)
+    for _ in range(5):
+        _, state = sam.update(w, state, w, grad_fn=lambda p: p)
+    assert int(state.descent_state) == 5
+
+
+def test_a_cadence_can_keep_something_and_substitute_it():
+    """Keeps gᵃ − g from an ascending step, and adds it to g on the next."""
+    cadence = cadences.Cadence(
+        init=lambda params: (jnp.zeros((), jnp.int32), jnp.zeros_like(params)),
+        decide=lambda g, state: (state[0] % 2 == 0, (state[0] + 1, state[1])),
+        remember=lambda d, g, state: (state[0], d - g),
+        substitute=lambda g, state: g + state[1],
+    )
+    sam = sam_optax.sharpness_aware(ascents.sam(0.5), cadence=cadence)
+    w = jnp.asarray(W)
+    state = sam.init(w)
+
+    def grad_fn(p):
+        return jnp.asarray(H) @ p
+
+    d0, state = sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    kept = d0 - grad_fn(w)
+    w = w - 0.1 * d0
+    d1, state = sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    assert_same(d1, grad_fn(w) + kept)
+
+
+def test_an_ascent_may_take_gradients_of_its_own():
+    """Two ascent steps of rho/2, through the grad_fn that an ascent receives."""
+
+    def update_fn(updates, state, params=None, *, grad_fn, **extra):
+        first = 0.25 * updates / jnp.linalg.norm(updates)
+        g = grad_fn(params + first)
+        return first + 0.25 * g / jnp.linalg.norm(g), state
+
+    ascent = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
+    w = jnp.asarray(W)
+
+    def grad_fn(p):
+        return jnp.asarray(H) @ p
+
+    sam = sam_optax.sharpness_aware(ascent)
+    d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+    e1 = 0.25 * H @ W / np.linalg.norm(H @ W)
+    g1 = H @ (W + e1)
+    assert_same(d, H @ (W + e1 + 0.25 * g1 / np.linalg.norm(g1)))
+
+    # The same ascent on part of the parameters: the rest stays where it is.
+    sam = sam_optax.sharpness_aware(
+        optax.GradientTransformationExtraArgs(
+            lambda params: optax.EmptyState(),
+            lambda updates, state, params=None, *, grad_fn, **extra: (
+                jax.tree.map(lambda g: 0.5 * g, grad_fn(params)),
+                state,
+            ),
+        ),
+        mask={"x": True, "y": False},
+    )
+    tree = {"x": w[:2], "y": w[2:]}
+
+    def tree_grad(p):
+        g = jnp.asarray(H) @ jnp.concatenate([p["x"], p["y"]])
+        return {"x": g[:2], "y": g[2:]}
+
+    d, _ = sam.update(tree_grad(tree), sam.init(tree), tree, grad_fn=tree_grad)
+    shifted = W + 0.5 * (H @ W) * [1, 1, 0]
+    assert_same(np.concatenate([d["x"], d["y"]]), H @ shifted)

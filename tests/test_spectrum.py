@@ -1,0 +1,195 @@
+"""Products, eigenvalues, traces and densities against dense matrices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from sam_optax import sharpness
+from sharpness_problem import (
+    EXAMPLES,
+    dense,
+    in_batches,
+    loss_fn,
+    matrix,
+    network,
+)
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches"),
+    [("hessian", batches) for batches in (None, 8, 7, 100, "streamed")]
+    + [("gauss_newton", 8), ("gauss_newton", 7), ("empirical_fisher", 7)],
+)
+def test_products_are_those_of_the_dense_matrix_however_the_data_are_cut(kind, batches):
+    params, data = network()
+    if batches == "streamed":
+        product = matrix(kind, in_batches(data, 7))
+    else:
+        product = matrix(kind, batch_size=batches)
+    v = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size)).reshape(w.shape), params)
+    np.testing.assert_allclose(
+        ravel_pytree(product(v))[0],
+        dense(kind) @ np.asarray(ravel_pytree(v)[0]),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [("hessian", "largest"), ("hessian", "smallest"), ("gauss_newton", "largest")],
+)
+def test_eigenpairs_are_those_of_the_dense_matrix(kind, which):
+    values, vectors = np.linalg.eigh(dense(kind))
+    order = np.argsort(values)[:5] if which == "smallest" else np.argsort(-values)[:5]
+    pairs = sharpness.eigenpairs(matrix(kind, batch_size=8), 5, which=which)
+    scale = np.abs(values).max()
+    np.testing.assert_allclose(
+        pairs.values, values[order], rtol=1e-6, atol=1e-9 * scale
+    )
+    assert pairs.residuals.max() < 1e-4 * scale
+    if kind == "hessian":  # whose eigenvalues are simple
+        found = np.stack([ravel_pytree(pairs.vector(i))[0] for i in range(5)])
+        cosines = np.sum(found * vectors[:, order].T, axis=1)
+        np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-6)
+
+
+def test_residuals_say_how_far_an_eigenvalue_can_be():
+    values = np.linalg.eigvalsh(dense("hessian"))
+    pairs = sharpness.eigenpairs(matrix("hessian"), 5, num_matvecs=8)
+    distances = np.abs(np.asarray(pairs.values)[:, None] - values).min(axis=1)
+    assert np.all(distances <= pairs.residuals + 1e-12)
+    assert distances.max() > 1e-6  # 8 products are not enough
+    v = ravel_pytree(pairs.vector(4))[0]
+    rest = np.linalg.norm(dense("hessian") @ v - pairs.values[4] * v)
+    assert rest == pytest.approx(float(pairs.residuals[4]), rel=1e-6)
+
+
+def test_residuals_count_rounding():
+    """In float32, the smallest of a wide spectrum has hardly a digit."""
+    diagonal = jnp.concatenate([jnp.array([1e6]), jnp.linspace(0.1, 1, 29)])
+    H = sharpness.hessian(
+        lambda w, d: jnp.sum(d * w**2) / 2,
+        jnp.ones(30, jnp.float32),
+        diagonal.astype(jnp.float32),
+    )
+    pairs = sharpness.eigenpairs(H, 3, which="smallest")
+    distances = np.abs(np.asarray(pairs.values)[:, None] - diagonal).min(axis=1)
+    assert np.all(distances <= pairs.residuals)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factor", [1.0, 0.0, 1e-25])
+def test_lanczos_goes_on_where_it_would_divide_by_zero(dtype, factor):
+    """Every start lies in an invariant subspace of a multiple of the identity."""
+    x = jnp.full((2, 1), factor, dtype)
+    H = sharpness.hessian(
+        lambda w, x: jnp.mean(x) * jnp.sum(w**2), jnp.ones(6, dtype), x
+    )
+    pairs = sharpness.eigenpairs(H, 3)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(pairs.values, 2 * factor, rtol=tolerance)
+    np.testing.assert_allclose(
+        pairs.vectors @ pairs.vectors.T, np.eye(3), atol=tolerance
+    )
+    moment = sharpness.spectral_density(H, num_samples=1).moment(1)
+    assert float(moment) == pytest.approx(2 * factor, rel=tolerance)
+
+
+def test_trace_is_within_three_standard_errors_which_are_right():
+    H = dense("hessian")
+    samples = 200
+    estimate = sharpness.trace(matrix("hessian", batch_size=8), num_samples=samples)
+    assert abs(estimate.mean - np.trace(H)) < 3 * estimate.standard_error
+    off_diagonal = H - np.diag(np.diag(H))
+    expected = np.sqrt(2 * np.sum(off_diagonal**2) / samples)
+    assert float(estimate.standard_error) == pytest.approx(expected, rel=0.3)
+
+
+def test_the_moments_of_the_density_are_those_of_the_spectrum():
+    values = np.linalg.eigvalsh(dense("hessian"))
+    samples = 60
+    density = sharpness.spectral_density(
+        matrix("hessian"), num_matvecs=12, num_samples=samples
+    )
+    for power in range(1, 7):
+        each = np.sum(density.weights * density.nodes**power, axis=1)
+        error = each.std(ddof=1) / np.sqrt(samples)
+        exact = np.mean(values**power)
+        assert abs(density.moment(power) - exact) < 3 * error
+        assert error < 0.2 * abs(exact) or power == 1
+    assert float(density.moment(0)) == pytest.approx(1)
+    assert float(density.nodes.max()) == pytest.approx(values.max(), rel=1e-3)
+    grid = np.linspace(values.min() - 1, values.max() + 1, 4001)
+    curve = density.on_grid(grid, 0.1)
+    assert float(np.trapezoid(curve, grid)) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_moments_of_one_random_vector_are_exact():
+    """v'Aᵏv for the signs v, up to the power that quadrature with 6 nodes reaches."""
+    # With a diagonal matrix every vector of signs gives the trace.
+    w = jnp.arange(1.0, 21.0)
+    H = sharpness.hessian(lambda w, x: jnp.sum(w**4) * x.mean(), w, jnp.ones((1, 1)))
+    density = sharpness.spectral_density(H, num_matvecs=6, num_samples=1)
+    for power in range(12):
+        exact = np.mean((12 * np.asarray(w) ** 2) ** power)
+        assert float(density.moment(power)) == pytest.approx(exact, rel=1e-9)
+    exact = np.mean((12 * np.asarray(w) ** 2) ** 12)
+    assert float(density.moment(12)) != pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (lambda A: sharpness.eigenpairs(A, 2, num_matvecs=7), 8),
+        (lambda A: sharpness.trace(A, num_samples=5), 5),
+        (lambda A: sharpness.spectral_density(A, num_matvecs=6, num_samples=3), 21),
+    ],
+    ids=["eigenpairs", "trace", "spectral_density"],
+)
+def test_the_number_of_products_is_what_the_method_says(measure, expected):
+    products = []
+
+    def product(params, v, x):
+        jax.debug.callback(lambda: products.append(1))
+        return 2 * v * x.mean()
+
+    data, batches = (jnp.ones((6, 1)),), 3
+    product = jax.tree_util.Partial(product)
+    measure(sharpness.Matrix(jnp.ones(9), data, product, EXAMPLES // 12))
+    jax.effects_barrier()
+    assert len(products) == expected * batches
+
+
+def test_gradient_norm_and_fisher_trace():
+    params, data = network()
+    expected = optax.tree.norm(jax.grad(loss_fn)(params, *data))
+    for batch_size in (None, 7):
+        norm = sharpness.gradient_norm(loss_fn, params, data, batch_size=batch_size)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-12)
+        trace = sharpness.fisher_trace(loss_fn, params, data, batch_size=batch_size)
+        fisher = np.trace(dense("empirical_fisher"))
+        assert float(trace) == pytest.approx(fisher, rel=1e-12)
+
+
+def test_a_loss_may_hold_a_module_that_has_a_dtype():
+    @dataclasses.dataclass(frozen=True)
+    class Layer:  # as those of Flax
+        dtype: type = jnp.float32
+
+        def apply(self, w, x):
+            return x.astype(self.dtype) @ w
+
+    def loss(layer, w, x):
+        return layer.apply(w, x).mean()
+
+    w, x = jnp.array([3.0, 4.0]), jnp.eye(2)
+    held = jax.tree_util.Partial(loss, Layer())
+    assert float(sharpness.gradient_norm(held, w, (x,))) == pytest.approx(0.5**0.5)
