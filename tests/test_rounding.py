@@ -243,7 +243,9 @@ def test_every_kind_of_key_is_taken(kind_of_key):
     }[kind_of_key]
     sam = sam_optax.sam(rho=1.0, stochastic_rounding=key)
     params = problem.params(jnp.bfloat16)
-    state = sam.init(params)
+    state, other = sam.init(params), sam.init(params)
+    jax.jit(lambda state: state, donate_argnums=0)(other)
+    assert other.rounding_key.is_deleted()  # and no other state's, nor the key given
     _, state = sam.update(params, state, params, grad_fn=lambda p: p)
     assert state.rounding_key.dtype == jnp.uint32
     if kind_of_key != "rbg":
