@@ -278,10 +278,11 @@ def _make_first_pass(
         )
         if grouping is None:
             choice, per_group = choose(rule, batch, params), None
-            check_loss_is_averaged(choice.seen.loss, params)
         else:
             choice, per_group = grouping.choose(rule, batch, params)
         seen = choice.seen
+        if not grouping_options.get("axis_name"):
+            check_loss_is_averaged(seen.loss, params)
         extra_args: dict[str, Any] = {"grad_fn": choice}
         if per_group is not None:
             extra_args["per_group"] = per_group
