@@ -137,7 +137,11 @@ def make_table(results: dict) -> Table:
 
 
 def make_figure(results: dict) -> Figure:
-    """Draws a row for each method and noise, with a dot for each seed and the mean."""
+    """Draws a row for each method and noise, with a dot for each seed and the mean.
+
+    The methods of one noise are beside each other, because these are to be compared.
+    """
+    results = dict(sorted(results.items(), key=lambda item: item[0][1]))
     figure = Figure((7, 1.5 + 0.25 * len(results)), layout="constrained")
     axes = figure.subplots()
     for row, seeds in enumerate(results.values()):
@@ -145,7 +149,7 @@ def make_figure(results: dict) -> Figure:
         axes.plot(np.mean(seeds), row, "|", color="black", markersize=11)
     labels = [f"{method}, {noise:g} % noise" for method, noise in results]
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("test accuracy in %: each seed, and the mean")
     return figure
 
