@@ -188,6 +188,41 @@ def test_a_loss_averaged_over_the_axis_once_is_right():
         np.testing.assert_allclose(actual, w - 0.1 * d, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ascends", [True, False])
+def test_a_report_of_unknown_losses_varies_as_its_gradients_do(ascends):
+    """Both branches of a traced decision must give values of one type."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    sam, seen = sam_optax.sam(rho=0.5), []
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    def norms(w, ascend):
+        sam.update(
+            w, sam.init(w), w, grad_fn=lambda w: w, ascend=ascend, report=seen.append
+        )
+        return seen.pop().perturbation_norm[None]
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.arange(1.0, 9.0), P("data"))
+        found = norms(w, jnp.asarray(ascends))
+    np.testing.assert_allclose(found, 0.5 if ascends else np.nan, rtol=1e-6)
+
+
+def test_a_report_takes_a_loss_that_is_wider_than_the_parameters():
+    """Also where JAX refuses to promote dtypes by itself."""
+    sam = sam_optax.sam(rho=0.5)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        w = jnp.array([3.0, 4.0], jnp.float32)
+        helper = sam_optax.sam_value_and_grad(
+            lambda w: jnp.sum(w.astype(jnp.float64) ** 2), sam, report=True
+        )
+        report = helper(w, opt_state=sam.init(w))[1].report
+    assert report.perturbed_loss.dtype == jnp.float64
+    assert report.surrogate_gap == pytest.approx(5.5**2 - 5**2, rel=1e-6)
+
+
 def test_a_loss_averaged_over_the_axis_twice_is_refused():
     with pytest.raises(ValueError, match=r"equal along the axis 'data'.*too small"):
         trained_on_four_devices(averaged_loss, axis_name="data")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
@@ -57,7 +58,7 @@ class Path:
         return AtPerturbed(
             there.gradient,
             perturbed_loss,
-            perturbed_loss - unperturbed_loss,
+            perturbed_loss - jnp.asarray(unperturbed_loss, perturbed_loss.dtype),
             _tree.norm(perturbation),
         )
 

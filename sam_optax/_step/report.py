@@ -49,13 +49,17 @@ def report_of(g: optax.Updates, there: AtPerturbed, loss: Any) -> Report:
     # What is not known is a constant NaN. Adding a zero that is made of g makes it vary
     # over the same mesh axes as g does, as the report of a step without ascent does.
     zero = jnp.where(jnp.isfinite(norm), 0 * norm, 0)
+
+    def varying(x, dtype):
+        return jnp.asarray(x, dtype) + jnp.asarray(zero, dtype)
+
     return Report(
-        perturbed_loss=jnp.asarray(there.perturbed_loss + zero, dtype),
-        surrogate_gap=jnp.asarray(there.surrogate_gap + zero, dtype),
+        perturbed_loss=varying(there.perturbed_loss, dtype),
+        surrogate_gap=varying(there.surrogate_gap, dtype),
         ascent_norm=norm,
         descent_norm=jnp.asarray(_tree.norm(there.descent_gradient), norm.dtype),
         cosine=jnp.asarray(_tree.cosine(g, there.descent_gradient), norm.dtype),
-        perturbation_norm=jnp.asarray(there.perturbation_norm + zero, norm.dtype),
+        perturbation_norm=varying(there.perturbation_norm, norm.dtype),
         ascended=jnp.asarray(True),
     )
 
