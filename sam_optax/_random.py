@@ -4,6 +4,7 @@
 state holds only the data of a key, and the transformation remembers its implementation.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,8 +37,12 @@ def _check_type(key: Key) -> None:
         raise TypeError(f"key must be an int or a JAX random key, got {key!r}.")
 
 
-def key_stream(key: Key) -> KeyStream:
-    """A stream of keys, from an int, a typed key or a legacy one.
+def key_stream(key: Key, part: str) -> KeyStream:
+    """A stream of keys for one part of a method.
+
+    It starts at an int, a typed key or a legacy one. The name of the part is folded
+    into every key. Otherwise two parts that are given the same key, as by default,
+    would draw the same numbers.
 
     An int becomes a key only when a state is made. Building a method must not make a
     key: a key is an array, making an array starts the devices, and
@@ -48,6 +53,8 @@ def key_stream(key: Key) -> KeyStream:
         None if isinstance(key, int) else jax.random.key_impl(typed_key(key))
     )
 
+    of_part = zlib.crc32(part.encode())
+
     def start():
         # A copy, so that donating one state does not delete the key of the next.
         return jnp.array(jax.random.key_data(typed_key(key)), copy=True)
@@ -56,6 +63,7 @@ def key_stream(key: Key) -> KeyStream:
         now, later = jax.random.split(
             jax.random.wrap_key_data(data, impl=implementation)
         )
+        now = jax.random.fold_in(now, of_part)
         if group is not None:
             now = jax.random.fold_in(now, group)
         return now, jax.random.key_data(later)

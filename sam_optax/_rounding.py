@@ -15,7 +15,7 @@ class Rounding:
     """How w + ε is rounded: to nearest, or stochastically with a key in the state."""
 
     def __init__(self, key: Key | None):
-        self._keys = None if key is None else key_stream(key)
+        self._keys = None if key is None else key_stream(key, "stochastic rounding")
         self._has_warned = False
 
     def init(self) -> Any:
@@ -76,14 +76,8 @@ def round_to_nearest(params: Any, perturbation: Any) -> Any:
     )
 
 
-# Folded into the key, so that rounding never draws the same numbers as another random
-# part that was given the same key, for example where both have the default key.
-_OF_ROUNDING = 0x5A3
-
-
 def round_stochastically(params: Any, perturbation: Any, key: jax.Array) -> Any:
     """w + ε, with half-precision leaves rounded up or down at random, unbiased."""
-    key = jax.random.fold_in(key, _OF_ROUNDING)
     leaves, structure = jax.tree.flatten(params)
     shifts = structure.flatten_up_to(perturbation)
     rounded = [

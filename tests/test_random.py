@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sam_optax
+from sam_optax import _random
 from sam_optax.methods._ssam import _keep_largest
 
 DRAWS = 400
@@ -89,6 +91,30 @@ def test_esam_keeps_its_share_and_its_mean():
     np.testing.assert_allclose(epsilon[kept], (full / 0.3 * kept)[kept], rtol=1e-4)
     deviation = np.abs(full) * np.sqrt(0.7 / 0.3 / DRAWS)
     assert np.mean(np.abs(epsilon.mean(axis=0) - full) < 3 * deviation) > 0.98
+
+
+def test_two_parts_of_one_key_draw_numbers_of_their_own():
+    """Equal numbers would leave no positive noise where the mask keeps an entry."""
+    ascents = sam_optax.ascents
+
+    def make():
+        parts = ascents.replace_by_noise(), ascents.mask_at_random(0.5)
+        return sam_optax.sharpness_aware(optax.chain(*parts))
+
+    epsilon = np.asarray(perturbations(make))
+    kept = epsilon[epsilon != 0]
+    for share in (kept.size / epsilon.size, (kept > 0).mean()):
+        assert share == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(kept.size))
+
+
+def test_two_kinds_of_parts_have_keys_of_their_own():
+    names = ["replace_by_noise", "mask_at_random", "stochastic rounding"]
+    streams = [_random.key_stream(7, name) for name in names]
+    data = streams[0].start()
+    keys = [jax.random.key_data(stream.next(data)[0]).tolist() for stream in streams]
+    assert len(set(map(tuple, keys))) == 3
+    for stream in streams:
+        np.testing.assert_array_equal(stream.next(data)[1], streams[0].next(data)[1])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

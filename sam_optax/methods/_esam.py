@@ -54,7 +54,7 @@ def mask_at_random(
                 drawn,
             )
 
-        return noisy(key, mask)
+        return noisy(key, mask, name="mask_at_random")
 
     return scheduled(part, keep=keep)
 

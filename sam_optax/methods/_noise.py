@@ -17,14 +17,17 @@ class NoiseState(NamedTuple):
 
 
 def noisy(
-    key: Key, function: Callable[[jax.Array, optax.Updates], optax.Updates]
+    key: Key,
+    function: Callable[[jax.Array, optax.Updates], optax.Updates],
+    *,
+    name: str,
 ) -> optax.GradientTransformationExtraArgs:
     """A part from a function (key, updates) -> updates, with a new key on every step.
 
-    The index of the group is folded into the key, so that every group of examples draws
-    its own numbers.
+    The name of the part and the index of the group are folded into the key, so that
+    every part and every group of examples draws its own numbers.
     """
-    keys = key_stream(key)
+    keys = key_stream(key, name)
 
     def update_fn(updates, state, params=None, *, group=None, **extra_args):
         del params, extra_args

@@ -39,7 +39,7 @@ def replace_by_noise(key: Key = 0) -> optax.GradientTransformationExtraArgs:
         scale = 1 / math.sqrt(max(_tree.size(updates), 1))
         return _tree.scale(scale, _tree.normal_like(key, updates))
 
-    return noisy(key, draw)
+    return noisy(key, draw, name="replace_by_noise")
 
 
 class SmoothedState(NamedTuple):
@@ -78,7 +78,7 @@ def ascend_from_noise(
     """
     check_number("sigma", sigma, at_least=0)
     ascent = optax.with_extra_args_support(ascent)
-    keys = key_stream(key)
+    keys = key_stream(key, "ascend_from_noise")
 
     def part(sigma):
         def init_fn(params):

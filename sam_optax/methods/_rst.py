@@ -38,7 +38,7 @@ def at_random(probability: ScalarOrSchedule, *, key: Key = 0) -> Cadence:
       ValueError: if probability is a Python number outside [0, 1].
     """
     check_number("probability", probability, at_least=0, at_most=1)
-    keys = key_stream(key)
+    keys = key_stream(key, "at_random")
 
     def decide(g, state):
         del g

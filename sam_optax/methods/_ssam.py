@@ -103,7 +103,7 @@ def _masked_by(
     """
     check_static_number("sparsity", sparsity, at_least=0, below=1)
     check_static_integer("refresh_every", every)
-    keys = key_stream(key)
+    keys = key_stream(key, "drop_and_grow")
 
     def kept(size):
         return max(round((1 - sparsity) * size), 1)
