@@ -21,6 +21,11 @@ The update runs on every step, including those that take no second gradient.
 
 from sam_optax.methods._asam import asam_ascent as asam
 from sam_optax.methods._asam import scale_by_magnitude
+from sam_optax.methods._by_layer import (
+    by_label,
+    normalize_by_leaf_norm,
+    scale_by_leaf_norm,
+)
 from sam_optax.methods._esam import mask_at_random
 from sam_optax.methods._fisher_sam import fisher_sam_ascent as fisher_sam
 from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
@@ -46,6 +51,7 @@ __all__ = [
     "asam",
     "ascend_from_noise",
     "ascend_repeatedly",
+    "by_label",
     "drop_and_grow",
     "fasam",
     "fisher_sam",
@@ -54,12 +60,14 @@ __all__ = [
     "keep_largest_fisher",
     "mask_at_random",
     "normalize_by_global_norm",
+    "normalize_by_leaf_norm",
     "project_on_full_gradient",
     "replace_by_noise",
     "sam",
     "sam_full",
     "sam_noise",
     "scale_by_inverse_root_fisher",
+    "scale_by_leaf_norm",
     "scale_by_magnitude",
     "scale_by_rho",
     "subtract_ema",

@@ -1,0 +1,166 @@
+"""Radii by layer: a norm and a scale for each leaf, and an ascent for each label."""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax import _tree
+from sam_optax._checks import require_params
+from sam_optax._masks import restrict
+from sam_optax._step import Ascent
+
+Labels = Any  # a tree of labels, or a function of the parameters that returns one
+
+
+def normalize_by_leaf_norm() -> Ascent:
+    r"""Maps each leaf of g to its own direction: u_l = g_l/‖g_l‖.
+
+    ‖u_l‖ is 1 however small or large g_l is, short of subnormal numbers. If a leaf is
+    zero, it stays zero.
+
+    Returns:
+      A stateless transformation. It returns half-precision leaves as float32. If an
+      entry of a leaf is not finite, the whole of that leaf is NaN.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import ascents
+      >>> tx = ascents.normalize_by_leaf_norm()
+      >>> g = {"kernel": jnp.array([300.0, 400.0]), "bias": jnp.array([0.0, 0.0])}
+      >>> u, _ = tx.update(g, tx.init(g))
+      >>> print(u["kernel"], u["bias"])
+      [0.6 0.8] [0. 0.]
+    """
+
+    def climb(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves, structure = jax.tree.flatten(updates)
+        spheres = [_tree.measure(leaf) for leaf in leaves]
+        units = [_tree.to_unit(*pair) for pair in zip(leaves, spheres, strict=True)]
+        finite = [jnp.isfinite(sphere.square) for sphere in spheres]
+        all_finite = functools.reduce(jnp.logical_and, finite, jnp.asarray(True))
+        return structure.unflatten(units), state, all_finite
+
+    return Ascent.from_climb(optax.init_empty_state, climb)
+
+
+def scale_by_leaf_norm() -> optax.GradientTransformation:
+    r"""Multiplies each leaf by the norm of its weights: u_l ↦ ‖w_l‖ u_l.
+
+    After `normalize_by_leaf_norm` and with `scale_by_rho`, ρ is then relative to each
+    layer: ‖ε_l‖ = ρ ‖w_l‖. A leaf whose weights are all zero, such as a new bias, is
+    not perturbed.
+
+    Returns:
+      A stateless transformation that needs the parameters. It returns half-precision
+      leaves as float32.
+
+    Raises:
+      ValueError: from `update`, if params is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import ascents
+      >>> tx, w = ascents.scale_by_leaf_norm(), jnp.array([3.0, 4.0])
+      >>> tx.update(jnp.array([1.0, 0.0]), tx.init(w), w)[0].tolist()
+      [5.0, 0.0]
+    """
+
+    def rescale(updates, params):
+        require_params(params, "scale_by_leaf_norm")
+        updates = _tree.at_least_float32(updates)
+        return jax.tree.map(lambda u, w: _tree.scale(_tree.norm(w), u), updates, params)
+
+    return optax.stateless(rescale)
+
+
+class ByLabelState(NamedTuple):
+    """State of `by_label`."""
+
+    label_states: dict[Any, optax.OptState]
+
+
+def by_label(
+    ascents: Mapping[Hashable, optax.GradientTransformation], labels: Labels
+) -> optax.GradientTransformationExtraArgs:
+    """An ascent of its own for each group of leaves, such as one ρ per kind of layer.
+
+    Each ascent sees the leaves with its label, and no others: its norms run over these
+    leaves, and its state is kept for them. So the ε of two labels do not depend on each
+    other. For different radii under one global norm, divide by that norm first::
+
+        optax.chain(
+            ascents.normalize_by_global_norm(),
+            ascents.by_label({"head": ascents.scale_by_rho(0.1), ...}, labels),
+        )
+
+    Args:
+      ascents: an ascent, or a part of one, for each label.
+      labels: a tree of labels (or a prefix of one), or a function of the parameters
+        that returns one.
+
+    Returns:
+      A transformation. An ascent that takes further gradients, such as
+      `ascend_repeatedly`, takes them where only its own leaves are moved; to move all
+      leaves together, put `by_label` inside of it. Ascents that draw random numbers
+      draw the same ones for two labels, unless they have different keys.
+
+    Raises:
+      ValueError: if a label has no ascent; from `init` or `update`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import ascents
+      >>> tx = ascents.by_label(
+      ...     {"body": ascents.sam(rho=0.1), "head": ascents.sam(rho=1.0)},
+      ...     {"layer": "body", "output": "head"})
+      >>> g = {"layer": jnp.array([3.0, 4.0]), "output": jnp.array([-2.0])}
+      >>> e, _ = tx.update(g, tx.init(g), g)
+      >>> print(e["layer"].round(6), e["output"])
+      [0.06 0.08] [-1.]
+    """
+    ascents = dict(ascents)
+    is_function = callable(labels) and all(map(callable, jax.tree.leaves(labels)))
+
+    def resolve(params):
+        tree = labels(params) if is_function else labels
+        for path, label in jax.tree_util.tree_leaves_with_path(tree):
+            if label not in ascents:
+                raise ValueError(
+                    f"The label {label!r} at params{jax.tree_util.keystr(path)} has no "
+                    f"ascent; there are ascents for {list(ascents)}."
+                )
+        return jax.tree.map(
+            lambda label, subtree: jax.tree.map(lambda _: label, subtree), tree, params
+        )
+
+    def is_labelled(label: Hashable) -> Callable[[Any], Any]:
+        return lambda params: jax.tree.map(lambda own: own == label, resolve(params))
+
+    restricted = {
+        label: restrict(ascent, is_labelled(label)) for label, ascent in ascents.items()
+    }
+
+    def init_fn(params):
+        return ByLabelState({k: part.init(params) for k, part in restricted.items()})
+
+    def update_fn(updates, state, params=None, **extra_args):
+        require_params(params, "by_label")
+        perturbations, states = {}, {}
+        for label, part in restricted.items():
+            perturbations[label], states[label] = part.update(
+                updates, state.label_states[label], params, **extra_args
+            )
+        order = list(ascents)
+        perturbation = jax.tree.map(
+            lambda label, *candidates: candidates[order.index(label)],
+            resolve(params),
+            *perturbations.values(),
+        )
+        return perturbation, ByLabelState(states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
