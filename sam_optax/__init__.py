@@ -19,6 +19,7 @@ from sam_optax._step import SharpnessAwareGradients as SharpnessAwareGradients
 from sam_optax._step import SharpnessAwareState as SharpnessAwareState
 from sam_optax._step import sharpness_aware as sharpness_aware
 from sam_optax.methods import METHODS as METHODS
+from sam_optax.methods import ae_look_sam as ae_look_sam
 from sam_optax.methods import ae_sam as ae_sam
 from sam_optax.methods import asam as asam
 from sam_optax.methods import decoupled_wsam as decoupled_wsam

@@ -11,6 +11,7 @@ from sam_optax._step import Cadence, every_step
 from sam_optax.methods._ae_sam import when_steep
 from sam_optax.methods._late_sam import after
 from sam_optax.methods._look_sam import every_k, every_k_reusing
+from sam_optax.methods._reusing import reusing
 from sam_optax.methods._rst import at_random
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "every_k",
     "every_k_reusing",
     "every_step",
+    "reusing",
     "when_steep",
 ]

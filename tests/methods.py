@@ -179,8 +179,17 @@ TABLE = {
     "look_sam": Row("look_sam", "alpha", {"k": 2}, **SKIPS),
     "sam_every_k": Row("sam_every_k", "", {"k": 2}, **SKIPS),
     "rst": Row("rst", "probability", {"probability": 0.7}, draws=True, **SKIPS),
-    "ae_sam": Row("ae_sam", "threshold decay", **SKIPS),
+    "rst_general": Row(
+        "rst",
+        "probability alpha",
+        {"probability": 0.7, "alpha": 1.5},
+        draws=True,
+        **SKIPS | COMPARES,
+    ),
+    "ae_sam": Row("ae_sam", "threshold decay", {"threshold": 0.0}, **SKIPS),
+    "ae_look_sam": Row("ae_look_sam", "decay alpha", {"threshold": 0.0}, **SKIPS),
     "esam": Row("esam", "beta", radius=None, draws=True),
+    "esam_as_released": Row("esam", "beta", RELEASED, radius=None, draws=True),
     "ssam": Row("ssam", "", {"refresh_every": 2}, sparse_norm),
     "ssam_dynamic": Row(
         "ssam", "drop", {"dynamic": True, "refresh_every": 2}, sparse_norm, draws=True

@@ -101,6 +101,9 @@ MAKE = {
     "gsam": gsam,
     "gsam_adaptive": gsam_adaptive,
     "gsam_jax": gsam_jax,
+    "gnp": lambda r, alpha, norm_perturbations: sam_optax.gradient_norm_penalty(
+        r, alpha, as_released=norm_perturbations
+    ),
     "stablesam": sam_optax.stable_sam,
     "stablesam_adaptive": lambda rho: sam_optax.stable_asam(
         rho, eta=0.0, as_released=True

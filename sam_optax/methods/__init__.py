@@ -28,6 +28,7 @@ from sam_optax.methods._look_sam import look_sam as look_sam
 from sam_optax.methods._look_sam import sam_every_k as sam_every_k
 from sam_optax.methods._rst import rst as rst
 from sam_optax.methods._ae_sam import ae_sam as ae_sam
+from sam_optax.methods._ae_sam import ae_look_sam as ae_look_sam
 from sam_optax.methods._esam import esam as esam
 from sam_optax.methods._esam import largest_increase as largest_increase
 from sam_optax.methods._ssam import ssam as ssam

@@ -100,9 +100,8 @@ def asam(
         paper.
       adaptive_mask: the leaves that T_w applies to; where it is False, T_w = 1. A tree
         of bools (or a prefix of one), or a function of the parameters that returns one.
-        The authors' code excludes biases:
-        `lambda params: jax.tree.map(lambda w: w.ndim > 1, params)`. Default None: T_w
-        applies to every leaf, as in the paper's equation.
+        Default None: T_w applies to every leaf, as in the paper's equation. The
+        authors' code excludes biases alone; the second example shows how.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -121,13 +120,29 @@ def asam(
       >>> print(f"{d:.2f}")
       6.00
 
+      The authors' code applies T_w to kernels, and to the scales of BatchNorm and
+      LayerNorm, but not to biases. This mask does the same, by the names of the
+      parameters:
+
+      >>> def all_but_biases(params):
+      ...     def is_scaled(path, _):
+      ...         return "bias" not in [
+      ...             jax.tree_util.keystr((key,), simple=True) for key in path]
+      ...     return jax.tree_util.tree_map_with_path(is_scaled, params)
+      >>> sam = sam_optax.asam(rho=0.5, adaptive_mask=all_but_biases)
+      >>> all_but_biases({"dense": {"kernel": w, "bias": w}, "norm": {"scale": w}})
+      {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': True}}
+
     References:
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
 
     Differences from the authors' code:
-      1. No epsilon is added to the norm.
-      2. T_w applies to biases too, unless adaptive_mask excludes them.
+      1. No epsilon is added to the norm. Theirs is 1e-16.
+      2. Their T_w applies only to parameters whose name contains "weight". In PyTorch,
+         these are the kernels, the embeddings, and the scales of BatchNorm and
+         LayerNorm. Here T_w applies to biases too, unless adaptive_mask excludes them.
+      3. Their training script sets η to 0. Their class has 0.01, as here.
 
     Cost: 2 gradients a step; no tree is carried.
     """

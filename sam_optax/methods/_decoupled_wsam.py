@@ -100,7 +100,8 @@ def decoupled_wsam(
       Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023.
 
-    Differences from the authors' code: no epsilon is added to the norm.
+    Differences from the authors' code: those of `wsam`. What they subtract is the
+    difference of the two clipped gradients.
 
     Cost: 2 gradients a step; one tree is carried, in at least float32.
     """

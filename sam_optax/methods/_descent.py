@@ -30,7 +30,9 @@ def stateless_descent(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def blend(weight: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def blend(
+    weight: ScalarOrSchedule, *, normalized: bool = False
+) -> optax.GradientTransformationExtraArgs:
     r"""Descends on the loss plus a times the surrogate gap.
 
     .. math::
@@ -41,6 +43,8 @@ def blend(weight: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     Args:
       weight: the weight a of the gap. a = 1 gives SAM, a = 0 the base optimizer,
         a = γ/(1−γ) WSAM, and a = 1 + λ the perturbed loss plus λ times the gap.
+      normalized: whether g/‖g‖ takes the place of g, as in the released code of the
+        gradient-norm penalty. Then d differs from g even if gᵃ = g. Default False.
 
     Returns:
       A descent for `sharpness_aware`.
@@ -57,7 +61,8 @@ def blend(weight: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     def part(weight):
         def descend(ga, g, perturbation, params):
             del perturbation, params
-            return _tree.add_scaled(g, weight, _tree.subtract(ga, g))
+            kept = _tree.unit(g) if normalized else g
+            return _tree.add_scaled(kept, weight, _tree.subtract(ga, kept))
 
         return stateless_descent(descend)
 

@@ -198,7 +198,7 @@ def fasam(
 
     Differences from the authors' code:
       1. The two of `fsam`, which as_released=True follows.
-      2. Their η is 0, and their T_w applies to every leaf.
+      2. Their η is 0. Their T_w applies to every leaf, as it does here by default.
 
     Cost: 2 gradients a step; one tree is carried, in at least float32.
     """

@@ -69,9 +69,10 @@ def saf(
       num_examples: the size of the training set.
       num_outputs: the number of outputs of the model, which is that of classes.
       lag: the number of visits of an example since z′ was stored (Ẽ in the paper).
-        Default 3, from the authors' code. The term is 0 for an example that was visited
-        fewer times.
-      weight: λ. Default 0.3, from the authors' code.
+        Default 3, that of the authors' training script; the command in their run.sh
+        sets 2. The term is 0 for an example that was visited fewer times.
+      weight: λ. Default 0.3, from the command in the authors' run.sh and from their
+        README. Their training script itself has 0.16.
       temperature: τ. Default 5, from the paper.
       start: the first step on which the term counts. Default 0; the paper waits for 5
         epochs.
@@ -121,6 +122,8 @@ def saf(
          which is the same where every epoch visits every example once.
       2. They compare an example that was not visited before with outputs of zero. Here
          it has no term.
+      3. Their term counts in epochs 6 to 299, counted from 0. Here it counts on every
+         step, unless start and stop say otherwise.
 
     Cost: 1 gradient.
     """
@@ -204,7 +207,8 @@ def mesa(
     Args:
       decay: β in [0, 1). Default 0.9995, from the paper. For a training of few steps,
         take a smaller one.
-      weight: λ. Default 0.8, from the paper's ImageNet runs.
+      weight: λ. Default 0.8, from the command in the authors' run.sh and from their
+        README. Their training script itself has 0.3.
       temperature: τ. Default 5, from the paper.
       start: the first step on which the term counts. Default 0; the paper waits for 5
         epochs.
@@ -246,7 +250,12 @@ def mesa(
       Du et al., `Sharpness-Aware Training for Free
       <https://arxiv.org/abs/2205.14083>`_, NeurIPS 2022.
 
-    Differences from the authors' code: their training script sets β to 0.9998.
+    Differences from the authors' code:
+      1. Their training script sets β to 0.9998.
+      2. Their average includes the statistics of BatchNorm. Here it holds what you pass
+         to `init` and `update`.
+      3. Their term counts in epochs 6 to 359, counted from 0. Here it counts on every
+         step, unless start and stop say otherwise.
 
     Cost: 1 gradient and a forward pass; one tree is carried.
     """

@@ -9,7 +9,11 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._checks import check_number
-from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
+from sam_optax._hyperparameters import (
+    ScalarOrSchedule,
+    nan_if_negative,
+    scheduled,
+)
 from sam_optax._step import Ascent, Options, chain, sharpness_aware
 from sam_optax.methods._record import record
 
@@ -21,7 +25,8 @@ def scale_by_rho(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs
       rho: the radius, >= 0: a number, a schedule of the step, or a traced scalar.
 
     Returns:
-      A transformation. With a schedule, its state counts the steps.
+      A transformation. With a schedule, its state counts the steps. Where a schedule
+      or a traced rho turns out to be negative, the result is NaN.
 
     Raises:
       ValueError: if rho is a negative or non-finite Python number.
@@ -35,6 +40,8 @@ def scale_by_rho(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs
     check_number("rho", rho, at_least=0)
 
     def part(rho):
+        check_number("rho", rho, at_least=0)  # also what a schedule returns
+        rho = nan_if_negative(rho)
         return optax.stateless(
             lambda updates, _: _tree.scale(rho, _tree.at_least_float32(updates))
         )
@@ -188,10 +195,16 @@ def sam(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021.
 
-    Differences from the authors' code:
-      1. No epsilon is added to ‖g‖; a zero gradient gives a zero perturbation.
-      2. Here one perturbation is made from the whole gradient that is given. Theirs has
-         one per device.
+    Differences from the authors' code, which is written in JAX:
+      1. If g is zero, so is the perturbation. Theirs divides by zero, and gets NaN.
+         (The epsilon that PyTorch versions of SAM add to ‖g‖ is not in theirs either.)
+      2. Their loss includes an L2 penalty on the parameters, so both gradients do. Here
+         the loss is yours, and weight decay that follows in the chain is not part of
+         either gradient.
+      3. Here one perturbation is made from the whole gradient that is given. Theirs has
+         one per device, unless it is started with --sync_perturbations.
+      4. Their training metrics are those at w + ε. Here `sam_value_and_grad` returns
+         the loss and the auxiliary output at w.
 
     Cost: 2 gradients a step; no tree is carried.
     """

@@ -34,7 +34,7 @@ def usam(
 
     Args:
       rho: ρ = ‖ε‖/‖g‖, which is the step size of the ascent and not a radius. Default
-        0.05, the same number as for `sam`; the source gives none.
+        0.05, from the code of Tan et al.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -59,7 +59,8 @@ def usam(
       of Tan et al., `Stabilizing Sharpness-aware Minimization Through A Simple
       Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024.
 
-    Differences from the code of Tan et al.: none.
+    Differences from the code of Tan et al.: its adaptive form, ε = ρ w² g, is not
+    offered.
 
     Cost: 2 gradients a step; no tree is carried.
     """

@@ -58,7 +58,12 @@ def wsam(
       Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023.
 
-    Differences from the authors' code: no epsilon is added to the norm.
+    Differences from the authors' code, which is part of ATorch:
+      1. No epsilon is added to the norm.
+      2. They clip each of the two gradients, by default to norm 1, before they mix
+         them. Here nothing is clipped; `optax.clip_by_global_norm` after this method
+         clips d.
+      3. Their γ is 0.88 by default.
 
     Cost: 2 gradients a step; no tree is carried.
     """
@@ -76,6 +81,8 @@ def wsam(
 def gradient_norm_penalty(
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.8,
+    *,
+    as_released: bool = False,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient-norm penalty, in its one-step form.
@@ -87,8 +94,11 @@ def gradient_norm_penalty(
     To first order, d is the gradient of L + αρ‖∇L‖.
 
     Args:
-      rho: the radius ρ = ‖ε‖ (r in the paper). Default 0.05, from the paper.
-      alpha: the weight α of gᵃ; α = 1 gives SAM. Default 0.8, from the paper.
+      rho: the radius ρ = ‖ε‖ (r in the paper). Default 0.05, from the authors' scripts
+        for ImageNet. Their scripts for CIFAR take 0.1.
+      alpha: the weight α of gᵃ; α = 1 gives SAM. Default 0.8, from the same scripts.
+      as_released: whether to follow the authors' code, where it differs from the
+        paper's equation (see below). Default False.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -111,8 +121,17 @@ def gradient_norm_penalty(
       Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in
       Deep Learning <https://arxiv.org/abs/2202.03599>`_, ICML 2022.
 
-    Differences from the authors' code: no epsilon is added to the norm.
+    Differences from the authors' code:
+      1. By default, it mixes gᵃ with the normalised gradient:
+         d = (1 − α) g/‖g‖ + α gᵃ. as_released=True does the same. Its flag
+         norm_perturbations=False mixes gᵃ with g, as here.
+      2. If g is zero, so is the perturbation. Theirs divides by zero, and gets NaN.
+      3. Here one perturbation is made from the whole gradient that is given. Theirs has
+         one per device, unless its flag sync_perturbations is set.
+      4. Their loss includes an L2 penalty on the parameters, so both gradients do. Here
+         the loss is yours.
 
     Cost: 2 gradients a step; no tree is carried.
     """
-    return sharpness_aware(sam_ascent(rho), descent=blend(alpha), **options)
+    descent = blend(alpha, normalized=as_released)
+    return sharpness_aware(sam_ascent(rho), descent=descent, **options)
