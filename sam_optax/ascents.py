@@ -26,7 +26,7 @@ from sam_optax.methods._by_layer import (
     normalize_by_leaf_norm,
     scale_by_leaf_norm,
 )
-from sam_optax.methods._esam import mask_at_random
+from sam_optax.methods._esam import mask_at_random, mask_leaves_at_random
 from sam_optax.methods._fisher_sam import fisher_sam_ascent as fisher_sam
 from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
 from sam_optax.methods._friendly import fasam_ascent as fasam
@@ -42,7 +42,12 @@ from sam_optax.methods._sam_full import (
 )
 from sam_optax.methods._sam_full import sam_full_ascent as sam_full
 from sam_optax.methods._sam_full import sam_noise_ascent as sam_noise
-from sam_optax.methods._ssam import drop_and_grow, keep_largest_fisher
+from sam_optax.methods._ssam import (
+    drop_and_grow,
+    keep_largest_fisher,
+    keep_largest_gradient,
+    mean_squared_gradients,
+)
 from sam_optax.methods._usam import usam_ascent as usam
 from sam_optax.methods._vasso import follow_ema
 from sam_optax.methods._vasso import vasso_ascent as vasso
@@ -58,7 +63,10 @@ __all__ = [
     "follow_ema",
     "fsam",
     "keep_largest_fisher",
+    "keep_largest_gradient",
     "mask_at_random",
+    "mask_leaves_at_random",
+    "mean_squared_gradients",
     "normalize_by_global_norm",
     "normalize_by_leaf_norm",
     "project_on_full_gradient",

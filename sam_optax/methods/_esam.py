@@ -1,6 +1,6 @@
 """ESAM: a random mask on the perturbation, and a selection of the examples."""
 
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._doors.batch import Batch, DataRule
-from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._random import Key
+from sam_optax._hyperparameters import ScalarOrSchedule, map_value, scheduled
+from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
 from sam_optax._step.inputs import Choice
 from sam_optax.methods._noise import noisy
 from sam_optax.methods._record import record, record_further
-from sam_optax.methods._sam import sam_ascent
+from sam_optax.methods._sam import sam_ascent, scale_by_rho
 from sam_optax.methods._selection import (
     check_count,
     check_fraction,
@@ -32,7 +32,7 @@ def mask_at_random(
     The expectation of the result is the input.
 
     Args:
-      keep: β in (0, 1]. Default 0.6, from ESAM's code.
+      keep: β in (0, 1]. Default 0.6, that of the method `esam`.
       key: an int, a typed key or a legacy one. Default 0.
 
     Returns:
@@ -41,9 +41,7 @@ def mask_at_random(
     Raises:
       ValueError: if keep is a Python number outside (0, 1].
     """
-    check_number("keep", keep, at_least=0, at_most=1)
-    if isinstance(keep, (int, float)) and keep == 0:
-        raise ValueError("keep must be > 0, got 0: nothing would be perturbed.")
+    _check_keep(keep)
 
     def part(keep):
         def mask(key, updates):
@@ -57,6 +55,65 @@ def mask_at_random(
         return noisy(key, mask, name="mask_at_random")
 
     return scheduled(part, keep=keep)
+
+
+class LeafMaskState(NamedTuple):
+    """State of `mask_leaves_at_random`."""
+
+    noise_key: jax.Array  # key data, dtype=jnp.uint32
+    after_first_step: jax.Array  # shape=(), dtype=jnp.bool_
+
+
+def mask_leaves_at_random(
+    keep: ScalarOrSchedule = 0.6, *, key: Key = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps each leaf whole with probability β, or sets it to zero.
+
+    This is the mask of ESAM's released code. The first step keeps all leaves. Unlike
+    `mask_at_random`, it does not divide by β, because there a norm comes after it.
+
+    Args:
+      keep: β in (0, 1]. Default 0.6, that of the method `esam`.
+      key: an int, a typed key or a legacy one. Default 0.
+
+    Returns:
+      A transformation that carries a key.
+
+    Raises:
+      ValueError: if keep is a Python number outside (0, 1].
+    """
+    _check_keep(keep)
+    keys = key_stream(key, "mask_leaves_at_random")
+
+    def init_fn(params):
+        del params
+        return LeafMaskState(keys.start(), jnp.zeros((), jnp.bool_))
+
+    def part(keep):
+        def update_fn(updates, state, params=None, *, group=None, **extra_args):
+            del params, extra_args
+            updates = _tree.at_least_float32(updates)
+            now, later = keys.next(state.noise_key, group)
+            drawn = _tree.uniform_like(
+                now, jax.tree.map(lambda u: jnp.zeros((), u.dtype), updates)
+            )
+
+            def mask(u, x):
+                is_kept = (x < keep) | ~state.after_first_step
+                return jnp.where(is_kept, u, 0 * u)  # not finite where u is not
+
+            state = LeafMaskState(later, jnp.ones((), jnp.bool_))
+            return jax.tree.map(mask, updates, drawn), state
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return scheduled(part, keep=keep)
+
+
+def _check_keep(keep: ScalarOrSchedule) -> None:
+    check_number("keep", keep, at_least=0, at_most=1)
+    if isinstance(keep, (int, float)) and keep == 0:
+        raise ValueError("keep must be > 0, got 0: nothing would be perturbed.")
 
 
 @record_further(
@@ -79,7 +136,8 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
     ESAM. It also works with any other method. loss_fn must return one loss per example.
 
     Args:
-      gamma: the share γ of the examples, in (0, 1]. Default 0.5, from the paper.
+      gamma: the share γ of the examples, in (0, 1]. Default 0.5, which all training
+        scripts of the authors' code have; its parser has 1, which is no selection.
       as_released: whether to select as the authors' code does: one example fewer, and
         all of them if γ ≥ 0.99. Default False.
 
@@ -141,6 +199,7 @@ def esam(
     beta: ScalarOrSchedule = 0.6,
     *,
     key: Key = 0,
+    as_released: bool = False,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Efficient Sharpness-Aware Minimization (ESAM), its random mask.
@@ -157,9 +216,14 @@ def esam(
     Args:
       rho: the radius ρ of the unmasked perturbation, so that ‖E ε‖ = ρ. Default 0.05,
         that of `sam`.
-      beta: the share β in (0, 1] of the entries that are perturbed. Default 0.6, from
-        the authors' code.
+      beta: the share β in (0, 1] of the entries that are perturbed. Default 0.6, which
+        the scripts of the authors' code have for ResNet-18. They have 0.5 for the
+        larger networks, and the parser has 1, which is no mask.
       key: an int, a typed key or a legacy one. Default 0.
+      as_released: whether to mask as the authors' code does. It keeps or leaves out
+        whole tensors, and takes the norm of those that it keeps, so that
+        ε = ρ/β · bg/‖bg‖ with one random b for each tensor. On the first step, b = 1.
+        Default False.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -172,10 +236,21 @@ def esam(
       Du et al., `Efficient Sharpness-aware Minimization for Improved Training of Neural
       Networks <https://arxiv.org/abs/2110.03141>`_, ICLR 2022.
 
-    Differences from the authors' code: they mask whole tensors, and take the norm of
-    the kept tensors only.
+    Differences from the authors' code:
+      1. They mask whole tensors, and take the norm of the kept tensors only, as
+         as_released=True does here.
+      2. Theirs does not compute the gradient at w of a tensor that it leaves out. Here
+         g is always whole.
+      3. No epsilon is added to the norm. Theirs is 1e-7.
 
     Cost: 2 gradients a step; a key is carried.
     """
-    ascent = optax.chain(sam_ascent(rho), mask_at_random(beta, key=key))
+    if as_released:
+        ascent = optax.chain(
+            mask_leaves_at_random(beta, key=key),
+            sam_ascent(rho),
+            scale_by_rho(map_value(lambda beta: 1 / beta, beta)),
+        )
+    else:
+        ascent = optax.chain(sam_ascent(rho), mask_at_random(beta, key=key))
     return sharpness_aware(ascent, **options)

@@ -142,9 +142,33 @@ def look_sam(
     Raises:
       ValueError: if rho < 0 or k is not a positive integer.
 
+    Examples:
+      Look-LayerSAM, the variant of the paper for large batches, is this cadence after
+      an ascent with a radius for each layer, ‖ε_l‖ = ρ ‖w_l‖. Here the two layers have
+      the norms 5 and 1, and gᵃ = w + ε = w + 0.1 w on the first step.
+
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> from sam_optax import ascents, cadences
+      >>> layer_sam = optax.chain(
+      ...     ascents.normalize_by_leaf_norm(),
+      ...     ascents.scale_by_leaf_norm(),
+      ...     ascents.scale_by_rho(0.1))
+      >>> look_layer_sam = sam_optax.sharpness_aware(
+      ...     layer_sam, cadence=cadences.every_k_reusing(k=5, alpha=0.7))
+      >>> w = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([-1.0])}
+      >>> grad_fn = jax.grad(lambda w: optax.tree.norm(w, squared=True) / 2)
+      >>> d, _ = look_layer_sam.update(
+      ...     grad_fn(w), look_layer_sam.init(w), w, grad_fn=grad_fn)
+      >>> print(d["body"], d["head"])
+      [3.3 4.4] [-1.1]
+
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
+      We could not read the paper's formula of Look-LayerSAM, and implementations by
+      others disagree. The example has the factor ‖w_l‖/‖g_l‖ that two of three have for
+      a layer l. They also divide by a norm of g; then ε depends on the scale of the
+      loss.
 
     Differences from third-party code:
       1. It takes norms per tensor, as per_tensor=True does here.

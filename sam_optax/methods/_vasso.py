@@ -14,7 +14,7 @@ from sam_optax.methods._sam import sam_ascent
 
 
 def follow_ema(
-    theta: ScalarOrSchedule = 0.2, *, as_released: bool = False
+    theta: ScalarOrSchedule = 0.9, *, as_released: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient by its exponential moving average, as VaSSO does.
 
@@ -22,7 +22,7 @@ def follow_ema(
       m_t = (1-\theta) m_{t-1} + \theta g_t, \quad m_{-1} = 0
 
     Args:
-      theta, as_released: those of the method `vasso`. Default 0.2 and False.
+      theta, as_released: those of the method `vasso`. Default 0.9 and False.
 
     Returns:
       A transformation that carries m, in at least float32.
@@ -47,7 +47,7 @@ def follow_ema(
 
 def vasso_ascent(
     rho: ScalarOrSchedule = 0.05,
-    theta: ScalarOrSchedule = 0.2,
+    theta: ScalarOrSchedule = 0.9,
     *,
     as_released: bool = False,
 ) -> Ascent:
@@ -63,7 +63,7 @@ def vasso_ascent(
 )
 def vasso(
     rho: ScalarOrSchedule = 0.05,
-    theta: ScalarOrSchedule = 0.2,
+    theta: ScalarOrSchedule = 0.9,
     *,
     as_released: bool = False,
     **options: Unpack[Options],
@@ -79,8 +79,9 @@ def vasso(
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, from the paper's experiments.
-      theta: the weight θ in [0, 1] of the new gradient; θ = 1 gives SAM. Default 0.2;
-        the authors' scripts take 0.9.
+      theta: the weight θ in [0, 1] of the new gradient; θ = 1 gives SAM. Default 0.9,
+        which the parser, the README and the training script of the authors' code all
+        have.
       as_released: whether m starts at the first gradient, as in the authors' code.
         Default False.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
