@@ -279,7 +279,9 @@ def mesa(
 
     def update_fn(state: MesaState, params: optax.Params) -> MesaState:
         average = optax.incremental_update(
-            params, state.average, 1 - value_at(decay, state.mesa_step)
+            _tree.at_least_float32(params),
+            state.average,
+            1 - value_at(decay, state.mesa_step),
         )
         average = _tree.cast_like(average, state.average)
         return MesaState(optax.safe_increment(jnp.asarray(state.mesa_step)), average)
