@@ -102,8 +102,8 @@ def mask_leaves_at_random(
                 is_kept = (x < keep) | ~state.after_first_step
                 return jnp.where(is_kept, u, 0 * u)  # not finite where u is not
 
-            state = LeafMaskState(later, jnp.ones((), jnp.bool_))
-            return jax.tree.map(mask, updates, drawn), state
+            masked = jax.tree.map(mask, updates, drawn)
+            return masked, LeafMaskState(later, jnp.ones((), jnp.bool_))
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
