@@ -4,6 +4,7 @@ Each file of `golden/` holds 20 steps of a published implementation on a small n
 `golden/cases.json` names it, with its settings and the formula that its code computes.
 """
 
+import functools
 import json
 import pathlib
 
@@ -74,20 +75,39 @@ def fsam_adaptive(rho, sigma, lmbda):
 
 
 def esam(rho, beta, gamma):
-    """The case draws its masks beforehand, one per tensor; `gamma` is a data rule."""
-    del gamma
+    """The case draws its masks beforehand; `key_that_keeps` repeats them."""
+    del gamma  # a data rule
+    return sam_optax.esam(rho, beta, as_released=True)
 
-    def keep(g, state, params=None, *, tensor_mask, **extra):
-        kept = dict(zip(NAMES, tensor_mask, strict=True))
-        return jax.tree.map(jnp.multiply, g, kept), state
 
-    return sam_optax.sharpness_aware(
-        optax.chain(
-            optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), keep),
-            sam_optax.ascents.sam(rho),
-            optax.scale(1 / beta),
+@functools.cache
+def keys_by_mask(beta):
+    """A mask of the four tensors -> key data from which ESAM draws it.
+
+    The masks are in the order of the tensors' names.
+    """
+    part = sam_optax.ascents.mask_leaves_at_random(beta)
+    ones = [jnp.ones(())] * len(NAMES)
+    seeds = jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(jnp.arange(300))
+
+    def drawn(key_data):
+        state = part.init(ones)._replace(
+            noise_key=key_data, after_first_step=jnp.asarray(True)
         )
-    )
+        return jnp.stack(part.update(ones, state)[0])
+
+    masks = np.asarray(jax.vmap(drawn)(seeds), int)
+    return {tuple(mask): seed for mask, seed in zip(masks, seeds, strict=True)}
+
+
+def key_that_keeps(opt_state, beta, tensor_mask):
+    """The optimizer's state, with a key from which ESAM draws this mask of tensors."""
+    sam_state, *others = opt_state
+    masked, *parts = sam_state.ascent_state
+    is_kept = dict(zip(NAMES, tensor_mask, strict=True))
+    wanted = tuple(int(is_kept[name]) for name in sorted(NAMES))
+    masked = masked._replace(noise_key=keys_by_mask(beta)[wanted])
+    return (sam_state._replace(ascent_state=(masked, *parts)), *others)
 
 
 MAKE = {
@@ -169,12 +189,11 @@ def mean_loss(params, x, y):
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_reproduces_the_authors_trajectory(case, door):
     data = np.load(GOLDEN / case["file"])
-    loss_fn, options, extra = mean_loss, {}, {}
-    if case["method"] == "esam":
+    loss_fn, options, is_esam = mean_loss, {}, case["method"] == "esam"
+    if is_esam:
         gamma = case["hyperparameters"]["gamma"]
         rule = sam_optax.data.largest_increase(gamma, as_released=True)
         loss_fn, options = losses, {"data": rule, "batch_argnums": (1, 2)}
-        extra = {"tensor_mask": data["tensor_mask"].astype(np.float64)}
     with jax.enable_x64(True):
         sam, tx = build(case, data)
         atol = 1e-6 if case["method"] in LARGER_EPSILON else 1e-10
@@ -182,8 +201,10 @@ def test_reproduces_the_authors_trajectory(case, door):
         params = {name: jnp.asarray(data[f"init_{name}"]) for name in NAMES}
         state = tx.init(params)
         for t, (x, y) in enumerate(zip(data["X"], data["y"], strict=True)):
-            now = {name: values[t] for name, values in extra.items()}
-            params, state, loss = step(params, state, x, y, **now)
+            if is_esam and t:  # the first step draws nothing, and keeps all
+                beta = case["hyperparameters"]["beta"]
+                state = key_that_keeps(state, beta, data["tensor_mask"][t])
+            params, state, loss = step(params, state, x, y)
             np.testing.assert_allclose(loss, data["loss"][t], rtol=0, atol=atol)
             for name in NAMES:
                 assert params[name].dtype == jnp.float64
