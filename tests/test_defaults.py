@@ -77,3 +77,9 @@ def test_an_ascent_has_the_defaults_of_its_method(name):
     for argument, default in ours.items():
         if (name, argument) != ("sam", "p"):  # None there, for inject_hyperparams
             assert methods[argument] == default
+
+
+def test_every_method_has_a_record():
+    functions = inspect.getmembers(sam_optax.methods, inspect.isfunction)
+    tools = {"record", "methods_table", "further_methods_table"}
+    assert {name for name, _ in functions} - tools == {*RECORDED}
