@@ -27,6 +27,17 @@ def map_value(
     return lambda step: function(hyperparameter(step))
 
 
+def nan_if_negative(value: Any) -> Any:
+    """A traced value, with NaN in the place of what must not be negative.
+
+    The value is known only when the program runs, where nothing can be raised. NaN
+    makes d NaN, which is seen; a negative radius would descend without a word.
+    """
+    if not isinstance(value, jax.Array):
+        return value
+    return jnp.where(value < 0, jnp.nan, value)
+
+
 class ScheduledState(NamedTuple):
     """State of a part whose hyperparameters follow schedules of the step."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -32,9 +33,45 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
             "A mask chooses code, so its leaves must be Python bools; got traced "
             "values. Build it outside of jit, or from shapes and names only."
         )
+    _check_leaves(tree, params)
     return jax.tree.map(
         lambda keep, subtree: jax.tree.map(lambda _: bool(keep), subtree), tree, params
     )
+
+
+def _check_leaves(tree: Any, params: Any) -> None:
+    """Refuses a tree that is not one of bools, or does not fit the parameters."""
+    entries = jax.tree_util.tree_leaves_with_path(tree)
+    for path, leaf in entries:
+        is_array = isinstance(leaf, (np.ndarray, jax.Array))
+        is_scalar = is_array and leaf.shape == () and leaf.dtype == jnp.bool_
+        if not isinstance(leaf, (bool, np.bool_)) and not is_scalar:
+            raise TypeError(
+                "A mask chooses whole arrays, so each of its leaves must be True or "
+                f"False; mask{jax.tree_util.keystr(path)} is {leaf!r}."
+            )
+    places = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_empty)
+    # An entry of the mask stands for all parameters whose paths begin with its own.
+    starts = {path: {path[:n] for n in range(len(path) + 1)} for path, _ in places}
+    known = set().union(*starts.values(), {()})
+    for path, _ in entries:
+        if path not in known:
+            raise ValueError(
+                f"The mask has {jax.tree_util.keystr(path)}, and the parameters do not."
+            )
+    chosen = {path for path, _ in entries}
+    for path, leaf in places:
+        if not _is_empty(leaf) and not starts[path] & chosen:
+            raise ValueError(
+                f"The mask says nothing of params{jax.tree_util.keystr(path)}: it "
+                "needs True or False for each array of the parameters, or for a part "
+                "of the tree that holds it."
+            )
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether a place of the parameters holds no array, of which a mask may speak."""
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _is_function(mask: Mask) -> bool:

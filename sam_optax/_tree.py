@@ -22,10 +22,28 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def outline(tree: Tree) -> tuple[Any, list[tuple[int, ...]]]:
-    """The structure of a tree and the shapes of its leaves."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [jnp.shape(leaf) for leaf in leaves]
+def mismatch(found: Tree, expected: Tree) -> str | None:
+    """Where two trees differ in structure or shapes, in words; None if they do not."""
+    shapes, wanted = _shapes(found), _shapes(expected)
+    for path, shape in wanted.items():
+        if path not in shapes:
+            return f"{path} is missing" if path else "it is not a single array"
+        if shapes[path] != shape:
+            return f"{path or 'it'} has shape {shapes[path]} in place of {shape}"
+    for path in shapes:
+        if path not in wanted:
+            return f"{path or 'an array'} should not be there"
+    if jax.tree.structure(found) != jax.tree.structure(expected):
+        return "it is of another type"
+    return None
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def at_least_float32(tree: Tree) -> Tree:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam_optax import _sharding as sharding
 from sam_optax._checks import is_integer
@@ -139,6 +140,16 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
         raise TypeError(
             "loss_fn returned a tuple where a loss was expected; if it returns "
             "(loss, aux), pass has_aux=True to sam_value_and_grad."
+        )
+    if not isinstance(loss, (jax.Array, np.ndarray, np.generic, float)):
+        raise TypeError(
+            "loss_fn must return a loss, or an array of losses, got "
+            f"{type(loss).__name__}."
+        )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(
+            "loss_fn must return floating-point numbers, which have a gradient, got "
+            f"{jnp.result_type(loss)}."
         )
     return jnp.asarray(loss), aux
 

@@ -29,6 +29,15 @@ class Axis(NamedTuple):
 
     def check(self) -> None:
         """What can be known of the axis only where it is mapped."""
+        for name in self.names:
+            try:
+                jax.lax.axis_size(name)
+            except NameError as error:
+                raise ValueError(
+                    f"axis_name={name!r} is not an axis of the pmap or shard_map that "
+                    "this runs in. Pass the name that is given there; under jit with "
+                    "sharded arrays, and on one device, leave axis_name= out."
+                ) from error
         if self.index_groups is None:
             return
         size, grouped = jax.lax.axis_size(self.names), sum(map(len, self.index_groups))

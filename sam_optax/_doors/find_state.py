@@ -44,23 +44,36 @@ def find_sam_state(
             "chain."
         )
     ((path, state),) = found
-    _check_wrappers(opt_state)
+    _check_place(opt_state)
     if _is_injected(state) != is_injected:
         raise ValueError(
             "Pass the same SAM transformation to sam_value_and_grad that starts the "
             "chain: one of the two is wrapped in optax.inject_hyperparams, the other "
             "is not."
         )
-    found_outline = _tree.outline(_sam_state_of(state))
-    expected_outline = _tree.outline(_sam_state_of(expected))
-    if found_outline != expected_outline:
+    mismatch = _tree.mismatch(sam_state_of(state), sam_state_of(expected))
+    if mismatch:
         raise ValueError(
             f"The SAM state at opt_state{jax.tree_util.keystr(path)} was not made by "
-            "the transformation passed to sam_value_and_grad, or for other parameters "
-            "(as inside optax.masked or optax.partition, which belong after SAM; see "
-            f"its mask= argument). Found {found_outline}, expected {expected_outline}."
+            "the transformation passed to sam_value_and_grad, or for other parameters. "
+            f"In the state that was found, {mismatch}."
         )
     return state
+
+
+def _check_place(opt_state: Any) -> None:
+    """Refuses places in an optimizer where SAM cannot unpack what it is given."""
+    wrappers = tuple(_WRAPPERS)
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, wrappers)):
+        if isinstance(node, wrappers) and _holds_sam(node):
+            wrapper = _WRAPPERS[type(node)]
+            raise ValueError(
+                f"The SAM transformation is inside of {wrapper}, which computes with "
+                "the gradients before SAM sees them. Put the wrapper around the base "
+                f"optimizer alone, optax.chain(sam, {wrapper}(base, ...)); or call "
+                "tx.update with the plain gradients and grad_fn=."
+            )
+    _check_first(opt_state)
 
 
 _WRAPPERS = {
@@ -69,20 +82,28 @@ _WRAPPERS = {
 }
 
 
-def _check_wrappers(opt_state: Any) -> None:
-    """Refuses wrappers that compute with gradients before SAM has unpacked them."""
-    wrappers = tuple(_WRAPPERS)
-    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, wrappers)):
-        if not isinstance(node, wrappers):
+def _check_first(state: Any) -> None:
+    """Refuses what comes before SAM in an `optax.chain`, whose state is a tuple."""
+    if not isinstance(state, tuple) or _is_sam_state(state):
+        return
+    for position, member in enumerate(state):
+        if not _holds_sam(member):
             continue
-        if any(map(_is_sam_state, jax.tree.leaves(node, is_leaf=_is_sam_state))):
-            wrapper = _WRAPPERS[type(node)]
+        is_chain = type(state) is tuple and all(hasattr(x, "_fields") for x in state)
+        if is_chain and position > 0:
+            kinds = " and ".join(type(x).__name__ for x in state[:position])
             raise ValueError(
-                f"The SAM transformation is inside of {wrapper}, which computes with "
-                "the gradients before SAM sees them. Put the wrapper around the base "
-                f"optimizer alone, optax.chain(sam, {wrapper}(base, ...)); or call "
-                "tx.update with the plain gradients and grad_fn=."
+                f"The SAM transformation must come first in its chain, and {kinds} "
+                "comes before it. Whatever is before SAM would act on the gradient "
+                "that the perturbation is made of, not on the one to descend on. "
+                "Build the optimizer as optax.chain(sam, ...)."
             )
+        _check_first(member)
+
+
+def _holds_sam(node: Any) -> bool:
+    leaves = jax.tree.leaves(node, is_leaf=_is_sam_state)
+    return any(map(_is_sam_state, leaves))
 
 
 def _is_sam_state(node: Any) -> bool:
@@ -95,6 +116,6 @@ def _is_injected(node: Any) -> bool:
     )
 
 
-def _sam_state_of(state: Any) -> SharpnessAwareState:
+def sam_state_of(state: Any) -> SharpnessAwareState:
     """The state of the SAM transformation, out of that of inject_hyperparams or not."""
     return state if _is_sam_state(state) else state.inner_state

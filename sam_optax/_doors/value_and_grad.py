@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -16,9 +17,10 @@ from sam_optax._doors.batch import (
     same_batch,
 )
 from sam_optax._doors.devices import check_loss_is_averaged
-from sam_optax._doors.find_state import find_sam_state
+from sam_optax._doors.find_state import find_sam_state, sam_state_of
 from sam_optax._doors.grouping import make_grouping
-from sam_optax._step import ReportSlot, SharpnessAwareGradients, SharpnessAwareState
+from sam_optax._step import ReportSlot, SharpnessAwareGradients
+from sam_optax._step.inputs import check_params
 
 
 class FirstPassOptions(TypedDict, total=False):
@@ -170,16 +172,24 @@ def sam_value_and_grad(
         extra_args: Mapping[str, Any] | None = None,
         **kwargs,
     ):
+        _check_no_module(params)
+        check_params(params)
         state: Any = find_sam_state(tx, opt_state, params)
         value, g, own_args = first_pass(params, args, kwargs, ascent_batch)
         slot = ReportSlot() if report else None
         loss = value[0] if has_aux else value
-        own_args |= {"ascend": ascend, "value": loss, "report": slot}
+        made_by = []
+        own_args |= {"ascend": ascend, "value": loss}
+        own_args |= {"report": slot, "maker": made_by.append}
         _check_extra_args(extra_args or {}, own_args)
-        d, state = update(g, state, params, **(extra_args or {}), **own_args)
-        if not isinstance(state, SharpnessAwareState):  # that of inject_hyperparams
-            state = state.inner_state
-        return value, SharpnessAwareGradients(d, state, slot and slot.value)
+        d, next_state = update(g, state, params, **(extra_args or {}), **own_args)
+        return value, SharpnessAwareGradients(
+            d,
+            axes=made_by[0],
+            before=sam_state_of(state),
+            state=sam_state_of(next_state),
+            report=slot and slot.value,
+        )
 
     return value_and_grad_fn
 
@@ -256,6 +266,7 @@ def _make_first_pass(
     **grouping_options: Any,
 ) -> FirstPass:
     """The function that takes the gradient at w; its options are checked here."""
+    _check_is_loss(loss_fn)
     check_argnums(batch_argnums, batch_argnames)
     if data is not None and not callable(data):
         raise TypeError(
@@ -265,6 +276,8 @@ def _make_first_pass(
     grouping = make_grouping(**grouping_options)
 
     def first_pass(params, args, kwargs, ascent_batch):
+        _check_no_module(params)
+        check_params(params)
         rule = data or same_batch
         if ascent_batch is not None:
             if data is not None or grouping_options.get("m") is not None:
@@ -290,6 +303,31 @@ def _make_first_pass(
         return value, seen.gradient, extra_args
 
     return first_pass
+
+
+def _check_is_loss(loss_fn: Any) -> None:
+    """Refuses a gradient in the place of a loss: its mean would pass for one."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
+    # JAX writes so in the docstrings of what jax.grad and jax.value_and_grad return.
+    words = getattr(loss_fn, "__doc__", None) or ""
+    is_gradient = words.startswith(("Gradient of ", "Value and gradient of "))
+    if is_gradient and "with respect to positional argument" in words:
+        raise TypeError(
+            "loss_fn is a gradient, made by jax.grad or jax.value_and_grad. Pass the "
+            "loss itself; the gradients are taken here."
+        )
+
+
+def _check_no_module(params: Any) -> None:
+    nnx = sys.modules.get("flax.nnx")  # without it, there are no modules of it
+    if nnx is not None and isinstance(params, nnx.Module):
+        raise TypeError(
+            "The parameters are a whole Flax NNX module, with its random streams and "
+            "batch statistics. Use sam_optax.nnx.value_and_ascent_grad, which takes "
+            "the module; or split it, graph, params, rest = nnx.split(model, "
+            "nnx.Param, ...), and merge it again in loss_fn."
+        )
 
 
 def _check_parameter_names(

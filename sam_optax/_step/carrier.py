@@ -10,16 +10,34 @@ from jax.extend import core as jax_core
 
 from sam_optax import _tree
 from sam_optax._step.report import Report
+from sam_optax._step.sameness import Axes, first_difference, may_be_same
 
 
 class _Cargo:
-    """State and report of one step. Equal to itself only, and never a pytree leaf."""
+    """What the gradients of one step carry. Equal to itself only, never a pytree leaf.
 
-    def __init__(self, state: Any, report: Report | None, was_traced: bool):
-        self.state = state
-        self.report = report
+    Attributes:
+      axes: what the transformation was built from that made the gradients.
+      before: the SAM state that it was given.
+      state: the next SAM state.
+      report: a `Report`, or None.
+      was_traced: whether the gradients are values of a jitted function.
+      trace: the trace that they belong to.
+    """
+
+    def __init__(
+        self, axes: Axes, before: Any, state: Any, report: Report | None, was_traced
+    ):
+        self.axes, self.before, self.state, self.report = axes, before, state, report
         self.was_traced = was_traced
         self.trace = current_traces()[0]
+
+    def __repr__(self) -> str:
+        # JAX shows this where gradients of two steps are taken together.
+        return (
+            "<the next SAM state of one step: take grads.gradients from each, and put "
+            "the result back by grads.replace>"
+        )
 
 
 @jax.tree_util.register_pytree_node_class
@@ -37,10 +55,16 @@ class SharpnessAwareGradients:
     """
 
     def __init__(
-        self, gradients: optax.Updates, state: Any, report: Report | None = None
+        self,
+        gradients: optax.Updates,
+        *,
+        axes: Axes,
+        before: Any,
+        state: Any,
+        report: Report | None = None,
     ):
         self.gradients = gradients
-        self._cargo = _Cargo(state, report, is_traced(gradients))
+        self._cargo = _Cargo(axes, before, state, report, is_traced(gradients))
 
     @property
     def report(self) -> Report | None:
@@ -53,6 +77,20 @@ class SharpnessAwareGradients:
             )
         return report
 
+    def replace(self, gradients: optax.Updates) -> "SharpnessAwareGradients":
+        """The same with another tree in the place of d, of the same structure.
+
+        This is the way back from `gradients`, for what `jax.tree.map` over one tree
+        cannot do, such as a sum of d and another tree.
+        """
+        mismatch = _tree.mismatch(gradients, self.gradients)
+        if mismatch:
+            raise ValueError(
+                "The gradients must keep their structure and shapes. In the new ones, "
+                f"{mismatch}."
+            )
+        return self.tree_unflatten(self._cargo, (gradients,))
+
     def __contains__(self, key: Any) -> bool:
         # Flax asks whether a collection of its own is among the gradients.
         del key
@@ -61,26 +99,37 @@ class SharpnessAwareGradients:
     def __repr__(self) -> str:
         return f"SharpnessAwareGradients({self.gradients!r})"
 
-    def unpack(self, like: Any) -> tuple[optax.Updates, Any]:
-        """(d, next SAM state), for a transformation with a state like this one.
+    def unpack(self, axes: Axes, state: Any) -> tuple[optax.Updates, Any]:
+        """(d, next SAM state), for a transformation of these axes in this state.
 
-        Raises outside of the trace that computed them, and for the state of another
-        method. Two transformations that differ in a number only look alike here.
+        Raises outside of the trace that computed them, for another transformation, and
+        for a state from which they do not carry on.
         """
         cargo = self._cargo
-        became_argument = is_traced(self.gradients) and not cargo.was_traced
-        if became_argument or not is_current(cargo.trace):
+        if not is_current(cargo.trace):
             raise ValueError(
                 "These gradients come from another trace: sam_value_and_grad and "
                 "tx.update ran in different jitted functions. The gradients carry the "
                 "next SAM state, so call both in the same jitted function; do not "
                 "return the gradients from one and pass them to another."
             )
-        if _tree.outline(cargo.state) != _tree.outline(like):
+        difference = first_difference(cargo.axes, axes)
+        mismatch = _tree.mismatch(cargo.before, state)
+        if difference or mismatch:
             raise ValueError(
                 "These gradients were made by another SAM transformation than the one "
-                "that unpacks them, or for other parameters. Pass the same object to "
-                "sam_value_and_grad that starts the optimizer chain."
+                "that takes them in tx.update. The two differ in "
+                + (difference or f"their state, where {mismatch}")
+                + ". Pass the same object to sam_value_and_grad that starts the chain; "
+                "and where optax.inject_hyperparams builds the chain anew, inject the "
+                "SAM transformation by itself: sam = "
+                "optax.inject_hyperparams(sam_optax.sam)(rho=0.05)."
+            )
+        if not may_be_same(cargo.before, state):
+            raise ValueError(
+                "These gradients carry on from another optimizer state than tx.update "
+                "was given. Pass the current state both as opt_state= and to "
+                "tx.update, and use the gradients of a step for one update only."
             )
         return self.gradients, cargo.state
 
@@ -89,6 +138,14 @@ class SharpnessAwareGradients:
 
     @classmethod
     def tree_unflatten(cls, cargo: _Cargo, children):
+        if is_traced(children) and not cargo.was_traced:
+            raise ValueError(
+                "These gradients were computed outside of a jitted function (or of "
+                "jax.vmap, jax.grad and the like) and handed to it. They bring the "
+                "next SAM state, which cannot enter with them. Call sam_value_and_grad "
+                "and tx.update in the same function; to look at the values alone, pass "
+                "grads.gradients."
+            )
         gradients = object.__new__(cls)
         (gradients.gradients,) = children
         gradients._cargo = cargo

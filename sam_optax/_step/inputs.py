@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._step.parts import Cadence
+from sam_optax._step.parts import Ascent, Cadence
+from sam_optax._step.sameness import may_be_same
 
 _UNKNOWN = np.float32("nan")
 
@@ -89,18 +90,17 @@ def as_choice(grad_fn: Callable[[Any], Any], like: optax.Updates) -> Choice:
     """A grad_fn as a `Choice`; one that is not ours has its gradients checked."""
     if isinstance(grad_fn, Choice):
         return grad_fn
-    expected = _tree.outline(like)
 
     def evaluate(point):
         result = grad_fn(point)
         if not isinstance(result, Pass):
             result = Pass(_UNKNOWN, result)
-        if _tree.outline(result.gradient) != expected:
+        mismatch = _tree.mismatch(result.gradient, like)
+        if mismatch:
             raise ValueError(
                 "grad_fn must return the gradient alone, with the structure and shapes "
-                f"of the parameters, {expected}; it returned "
-                f"{_tree.outline(result.gradient)}. From a function with has_aux=True "
-                "or from jax.value_and_grad, take the gradient out: "
+                f"of the parameters. In what it returned, {mismatch}. From a function "
+                "with has_aux=True or from jax.value_and_grad, take the gradient out: "
                 "grad_fn=lambda params: grad_with_aux(params)[0]."
             )
         return result
@@ -115,10 +115,92 @@ def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
             raise TypeError(
                 f"{name} must be an optax.GradientTransformation, got {part!r}."
             )
+        elif not is_missing and _is_method(part):
+            raise TypeError(
+                f"{name} is a whole SAM transformation, such as sam_optax.sam(), and "
+                f"must be one of its parts, such as sam_optax.{name}s."
+                f"{'sam' if name == 'ascent' else 'gsam'}()."
+            )
     if cadence is not None and not isinstance(cadence, Cadence):
         raise TypeError(
             f"cadence must be a sam_optax.cadences.Cadence, got {cadence!r}."
         )
+
+
+def _is_method(part: Any) -> bool:
+    return getattr(part.update, "__qualname__", "").startswith("sharpness_aware.")
+
+
+def check_ascends(ascent: optax.GradientTransformation) -> None:
+    """Refuses an ascent along which the loss falls, such as a base optimizer.
+
+    It is tried on a small gradient and on its negative: ε must not point against both.
+    Noise does not, nor does what is zero at first. Our own ascents need not be tried,
+    and one that needs more than it is given here, such as parameters of a certain
+    structure, cannot be.
+    """
+
+    if isinstance(ascent, Ascent) and ascent.climb is not None:
+        return
+
+    def overlap(g: jax.Array) -> jax.Array:
+        w = jnp.ones_like(g)
+        update = optax.with_extra_args_support(ascent).update
+        perturbation, _ = update(
+            g, ascent.init(w), w, grad_fn=lambda point: g, ascent_gradient=g
+        )
+        return _tree.dot(perturbation, g)
+
+    g = np.ones(4, np.float32)
+    try:
+        with jax.ensure_compile_time_eval():
+            falls = [bool(jax.jit(overlap)(sign * g) < 0) for sign in (1, -1)]
+    except Exception:
+        return
+    if all(falls):
+        raise ValueError(
+            "The ascent points against the gradient, so the loss would fall along ε. "
+            "An optimizer is made to be added to the parameters as a descent: use "
+            "parts that keep the sign of the gradient, such as "
+            "optax.chain(sam_optax.ascents.normalize_by_global_norm(), "
+            "sam_optax.ascents.scale_by_rho(0.1)), or end yours by optax.scale(-1)."
+        )
+
+
+def check_is_whole(params: Any) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "A SAM transformation inside optax.masked or optax.partition sees only "
+            "part of the parameters, and the loss needs all of them. Put it outside, "
+            "first in the chain, and choose what it perturbs with its mask= argument."
+        )
+
+
+def check_params(params: Any) -> None:
+    """Refuses what has no gradient, or not the gradient of all that it holds."""
+    check_is_whole(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        place = f"params{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, (np.ndarray, np.generic, jax.Array, float, int)):
+            raise TypeError(
+                f"{place} is a {type(leaf).__name__}, and parameters are arrays. Keep "
+                "everything else out of params: params, static = "
+                "eqx.partition(model, eqx.is_inexact_array) for an Equinox model, and "
+                "put them together again in loss_fn."
+            )
+        dtype = jnp.result_type(leaf)
+        if not _tree.is_inexact(leaf):
+            raise TypeError(
+                f"{place} is {dtype}: only floating-point parameters have gradients. "
+                "Keep others out of params, as eqx.partition or nnx.split do."
+            )
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{place} is {dtype}: the gradient that JAX takes is the conjugate of "
+                "the direction in which the loss rises. Keep the real and the "
+                "imaginary part as parameters of their own."
+            )
 
 
 # What the step passes to ascent and descent; see the namespaces of both.
@@ -152,28 +234,18 @@ def check_call(
                 f"The extra argument {name!r} is one that a SAM transformation passes "
                 "to its parts itself. Give yours another name."
             )
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    check_params(params)
+    mismatch = _tree.mismatch(updates, params)
+    if mismatch:
         raise ValueError(
-            "A SAM transformation inside optax.masked or optax.partition sees only "
-            "part of the parameters, and the loss needs all of them. Put it outside, "
-            "first in the chain, and choose what it perturbs with its mask= argument."
+            "The gradient must have the structure and shapes of the parameters. In "
+            f"this gradient, {mismatch}."
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: "
-        if not _tree.is_inexact(leaf):
-            raise TypeError(
-                name + "only floating-point parameters have gradients. Keep others out "
-                "of params, as eqx.partition or nnx.split do."
-            )
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                name + "the gradient that JAX takes is the conjugate of the direction "
-                "in which the loss rises. Keep the real and the imaginary part as "
-                "parameters of their own."
-            )
-    if _tree.outline(updates) != _tree.outline(params):
+    taken = grad_fn.seen if isinstance(grad_fn, Choice) else None
+    if taken is not None and not may_be_same(taken.gradient, updates):
         raise ValueError(
-            "The gradient and the parameters have different structures or shapes: "
-            f"{_tree.outline(updates)} and {_tree.outline(params)}."
+            "These gradients are not those that came with grad_fn=: something has "
+            "changed them, such as a transformation before SAM in the chain. SAM comes "
+            "first; what follows it, such as clipping, acts on the gradient to descend "
+            "on. What concerns the loss, such as its scale, belongs into loss_fn."
         )

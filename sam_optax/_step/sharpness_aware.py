@@ -1,5 +1,6 @@
 """`sharpness_aware`: one ascent, one descent and one cadence make a SAM method."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
@@ -13,10 +14,17 @@ from sam_optax._masks import Mask, restrict
 from sam_optax._random import Key
 from sam_optax._rounding import Rounding
 from sam_optax._step.carrier import SharpnessAwareGradients
-from sam_optax._step.inputs import as_choice, check_axes, check_call
+from sam_optax._step.inputs import (
+    as_choice,
+    check_ascends,
+    check_axes,
+    check_call,
+    check_is_whole,
+)
 from sam_optax._step.parts import Cadence, every_step
 from sam_optax._step.path import Path
 from sam_optax._step.report import Report, report_of, report_without_ascent
+from sam_optax._step.sameness import Axes
 
 
 class SharpnessAwareState(NamedTuple):
@@ -119,6 +127,7 @@ def sharpness_aware(
     Cost: two gradients on a step that ascends, one on a step that does not.
     """
     check_axes(ascent, descent, cadence)
+    axes = Axes(ascent, descent, cadence, mask, guard, stochastic_rounding)
     if mask is not None:
         ascent = restrict(ascent, mask)
     descent = optax.with_extra_args_support(
@@ -126,8 +135,11 @@ def sharpness_aware(
     )
     cadence = every_step() if cadence is None else cadence
     rounding = Rounding(stochastic_rounding)
+    try_ascent = functools.cache(lambda: check_ascends(axes.ascent))
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
+        check_is_whole(params)
+        try_ascent()
         return SharpnessAwareState(
             ascent_state=ascent.init(params),
             descent_state=descent.init(params),
@@ -144,10 +156,11 @@ def sharpness_aware(
         per_group: Callable[[Callable[..., Any]], Any] | None = None,
         ascend: bool | jax.Array | None = None,
         report: Callable[[Report], Any] | None = None,
+        maker: Callable[[Axes], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if isinstance(updates, SharpnessAwareGradients):
-            return updates.unpack(like=state)
+            return updates.unpack(axes, state)
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
         rounding.warn_of_lost_digits(params, mask)
@@ -203,6 +216,8 @@ def sharpness_aware(
             )
         if report is not None:
             report(measured)
+        if maker is not None:
+            maker(axes)
         return d, new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
