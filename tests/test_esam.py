@@ -5,6 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sam_optax
@@ -152,6 +153,17 @@ def test_strict_dtype_promotion():
                 half = jax.tree.map(lambda x: x.astype(jnp.float16), G)
                 d, _ = sam.update(half, sam.init(half), half, grad_fn=lambda p: p)
                 assert np.all(np.isfinite(flat(d)))
+
+
+def test_the_default_is_the_mask_of_the_paper():
+    """The ascent in two steps; the released one would keep all entries on the first."""
+    sam, w = sam_optax.esam(key=2), jax.tree.map(jnp.zeros_like, G)
+    by_hand = optax.chain(ascents.sam(0.05), ascents.mask_at_random(0.6, key=2))
+    state, hand_state = sam.init(w), by_hand.init(w)
+    for _ in range(2):
+        epsilon, state = sam.update(G, state, w, grad_fn=lambda point: point)
+        wanted, hand_state = by_hand.update(G, hand_state, w)
+        np.testing.assert_array_equal(flat(epsilon), flat(wanted))
 
 
 def test_the_share_is_that_of_the_scripts():

@@ -84,7 +84,10 @@ def test_the_method_passes_on_what_it_is_given(per_tensor):
 def test_the_defaults_are_those_of_the_paper():
     """rho 0.05, α 0.7 and k 5, so steps 0 and 5 are SAM's, and the others alike."""
     trajectories = []
-    for sam in (sam_optax.look_sam(), sam_optax.look_sam(0.05, 5, 0.7)):
+    for sam in (
+        sam_optax.look_sam(),
+        sam_optax.look_sam(0.05, 5, 0.7, per_tensor=False),
+    ):
         w, seen = split(W), []
         state = sam.init(w)
         for _ in range(6):

@@ -161,6 +161,33 @@ def test_half_precision_gives_float32_and_bools():
 # --- The method.
 
 
+def test_the_method_passes_on_what_it_is_given():
+    """Each kind of it, in two refreshes, against the ascent put together by hand."""
+    gs, drop = gradients(5), lambda step: 0.5 - 0.1 * step
+    fisher = jax.tree.map(jnp.square, gs[4])
+    options = {"refresh_every": 2}
+    for kind, part in (
+        ({}, ascents.keep_largest_gradient(0.7, **options)),
+        (
+            {"score": "squared_batch_gradient"},
+            ascents.keep_largest_gradient(0.7, **options),
+        ),
+        ({"score": "fisher"}, ascents.keep_largest_fisher(0.7, **options)),
+        (
+            {"dynamic": True, "drop": drop, "key": 5},
+            ascents.drop_and_grow(0.7, drop, key=5, **options),
+        ),
+    ):
+        sam = sam_optax.ssam(0.3, 0.7, **kind, **options)
+        extra = {"fisher": fisher} if kind.get("score") == "fisher" else {}
+        applied, _ = masks(part, gs, lambda t, extra=extra: extra)
+        state = sam.init(W)
+        for g, mask in zip(gs, applied, strict=True):
+            epsilon, state = sam.update(g, state, W, grad_fn=lambda p: p, **extra)
+            wanted = mask * 0.3 * flat(g) / np.linalg.norm(flat(g))
+            np.testing.assert_allclose(flat(epsilon), wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_groups_share_what_is_carried_and_not_what_they_choose(dynamic):
     """SSAM-F's groups choose by their own gradients; SSAM-D's use the carried mask.

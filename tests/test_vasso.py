@@ -5,6 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sam_optax
@@ -21,6 +22,18 @@ def scheduled(step):
 def test_theta_is_that_of_the_authors():
     for make in (sam_optax.vasso, ascents.vasso, ascents.follow_ema):
         assert inspect.signature(make).parameters["theta"].default == 0.9
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_the_default_is_the_average_of_the_paper():
+    wanted = descend(sam_optax.vasso(0.05, 0.9, as_released=False), steps=3)
+    assert np.all(wanted[1:] != descend(sam_optax.vasso(as_released=True), steps=3)[1:])
+    for ascent in (
+        ascents.vasso(),
+        optax.chain(ascents.follow_ema(), ascents.sam(0.05)),
+    ):
+        assert_same(descend(sam_optax.sharpness_aware(ascent), steps=3), wanted)
+    assert_same(descend(sam_optax.vasso(), steps=3), wanted)
 
 
 @pytest.mark.usefixtures("double_precision")
