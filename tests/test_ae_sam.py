@@ -169,6 +169,15 @@ def test_a_schedule_that_cannot_be_made_says_why(make, arguments, message):
         make(**arguments)
 
 
+def test_the_number_of_steps_is_static_under_inject_hyperparams():
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"static_args=\('total_steps',\)"):
+        optax.inject_hyperparams(sam_optax.ae_sam)(total_steps=10).init(w)
+    inject = optax.inject_hyperparams(sam_optax.ae_sam, static_args=("total_steps",))
+    state = inject(rho=0.1, total_steps=10).init(w)
+    assert set(state.hyperparams) == {"rho", "decay"}
+
+
 def test_the_mean_is_kept_in_float32():
     """300² leaves float16, and 1 + 1e-3 is 1 in bfloat16."""
     cadence = cadences.when_steep(0.0, decay=0.5)

@@ -127,9 +127,10 @@ def test_the_inner_ascent_receives_what_an_ascent_does(wrap):
     tx = WRAPPERS[wrap](recording(seen))
     params, rounded = split(W), []
 
-    def perturb(params, shift):
+    def perturb(w, shift):
+        assert w is params  # whose dtype the point has
         rounded.append(shift)
-        return optax.apply_updates(params, shift)
+        return optax.apply_updates(w, shift)
 
     shared = {"grad_fn": grad_fn, "perturb": perturb, "group": 7, "mine": "x"}
     g = grad_fn(params)
