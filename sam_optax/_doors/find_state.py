@@ -89,8 +89,7 @@ def _check_first(state: Any) -> None:
     for position, member in enumerate(state):
         if not _holds_sam(member):
             continue
-        is_chain = type(state) is tuple and all(hasattr(x, "_fields") for x in state)
-        if is_chain and position > 0:
+        if position > 0 and _is_of_chain(state):
             kinds = " and ".join(type(x).__name__ for x in state[:position])
             raise ValueError(
                 f"The SAM transformation must come first in its chain, and {kinds} "
@@ -99,6 +98,13 @@ def _check_first(state: Any) -> None:
                 "Build the optimizer as optax.chain(sam, ...)."
             )
         _check_first(member)
+
+
+def _is_of_chain(state: Any) -> bool:
+    """Whether a plain tuple holds nothing but states of transformations."""
+    return type(state) is tuple and all(
+        hasattr(member, "_fields") or _is_of_chain(member) for member in state
+    )
 
 
 def _holds_sam(node: Any) -> bool:

@@ -13,7 +13,7 @@ from sam_optax import _tree
 from sam_optax._step.parts import Ascent, Cadence
 from sam_optax._step.sameness import may_be_same
 
-_UNKNOWN = np.float32("nan")
+UNKNOWN = np.float32("nan")
 
 
 class Pass(NamedTuple):
@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     aux: Any = None
     batch: Any = None
     returned: Any = None
-    unperturbed_loss: Any = _UNKNOWN  # shape=()
+    unperturbed_loss: Any = UNKNOWN  # shape=()
 
     @property
     def losses(self) -> jax.Array:
@@ -94,7 +94,7 @@ def as_choice(grad_fn: Callable[[Any], Any], like: optax.Updates) -> Choice:
     def evaluate(point):
         result = grad_fn(point)
         if not isinstance(result, Pass):
-            result = Pass(_UNKNOWN, result)
+            result = Pass(UNKNOWN, result)
         mismatch = _tree.mismatch(result.gradient, like)
         if mismatch:
             raise ValueError(

@@ -10,9 +10,9 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._rounding import Rounding
-from sam_optax._step.inputs import Choice, Pass, as_choice
+from sam_optax._step.inputs import UNKNOWN, Choice, Pass, as_choice
 from sam_optax._step.parts import climb
-from sam_optax._step.report import AtPerturbed
+from sam_optax._step.report import AtPerturbed, unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +52,9 @@ class Path:
         there = passes.descent(self._perturbed(self.params, perturbation, group))
         if not self.is_measured:
             return AtPerturbed(there.gradient)
-        perturbed_loss, unperturbed_loss = _tree.at_least_float32(
-            (there.loss, there.unperturbed_loss)
+        perturbed_loss, unperturbed_loss = (
+            jnp.float32(unknown()) if loss is UNKNOWN else _tree.at_least_float32(loss)
+            for loss in (there.loss, there.unperturbed_loss)
         )
         return AtPerturbed(
             there.gradient,

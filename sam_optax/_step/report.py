@@ -1,5 +1,6 @@
 """Reports: what a step measures on its way, if somebody asks for it."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from sam_optax import _tree
 class Report(NamedTuple):
     """Measurements of one step, all scalars.
 
-    Where the step did not ascend, all but `ascent_norm` and `ascended` are NaN.
+    Where the step did not ascend, all but `ascent_norm` and `ascended` are NaN; under
+    `jax.debug_nans`, which would stop at a NaN, they are 0.
 
     Attributes:
       perturbed_loss: L(w + ε).
@@ -31,6 +33,11 @@ class Report(NamedTuple):
     cosine: jax.Array  # shape=(), at least float32
     perturbation_norm: jax.Array  # shape=(), at least float32
     ascended: jax.Array  # shape=(), dtype=jnp.bool_
+
+
+def unknown() -> float:
+    """What stands in a report for a number that the step did not measure."""
+    return 0.0 if jax.config.jax_debug_nans else math.nan
 
 
 class AtPerturbed(NamedTuple):
@@ -67,15 +74,15 @@ def report_of(g: optax.Updates, there: AtPerturbed, loss: Any) -> Report:
 def report_without_ascent(g: optax.Updates, loss: Any) -> Report:
     """The report of a step that took no second gradient."""
     norm = _tree.norm(g)
-    unknown = norm * jnp.nan
-    unknown_loss = jnp.asarray(unknown, _loss_dtype(norm, loss))
+    missing = 0 * norm + unknown()  # varies over the mesh axes that g varies over
+    missing_loss = jnp.asarray(missing, _loss_dtype(norm, loss))
     return Report(
-        perturbed_loss=unknown_loss,
-        surrogate_gap=unknown_loss,
+        perturbed_loss=missing_loss,
+        surrogate_gap=missing_loss,
         ascent_norm=norm,
-        descent_norm=unknown,
-        cosine=unknown,
-        perturbation_norm=unknown,
+        descent_norm=missing,
+        cosine=missing,
+        perturbation_norm=missing,
         ascended=jnp.asarray(False),
     )
 

@@ -5,10 +5,11 @@ on every call, and scripts do so too. So functions are compared by their code an
 what they have closed over. Arrays of a trace are compared by identity.
 """
 
+import dataclasses
 import functools
 import numbers
 from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import numpy as np
 from jax.core import Tracer
 
 
-class Axes(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axes:
     """What a SAM transformation was built from: the arguments of `sharpness_aware`."""
 
     ascent: Any
