@@ -90,12 +90,11 @@ def _check_first(state: Any) -> None:
         if not _holds_sam(member):
             continue
         if position > 0 and _is_of_chain(state):
-            kinds = " and ".join(type(x).__name__ for x in state[:position])
             raise ValueError(
-                f"The SAM transformation must come first in its chain, and {kinds} "
-                "comes before it. Whatever is before SAM would act on the gradient "
-                "that the perturbation is made of, not on the one to descend on. "
-                "Build the optimizer as optax.chain(sam, ...)."
+                "The SAM transformation must come first in its chain, and another one "
+                "comes before it. That one would act on the gradient that the "
+                "perturbation is made of, not on the one to descend on. Build the "
+                "optimizer as optax.chain(sam, ...)."
             )
         _check_first(member)
 
