@@ -208,3 +208,21 @@ def test_half_precision_gradients_on_the_way_are_widened(wrap):
     ]
     for tree in trees:
         assert {leaf.dtype for leaf in tree.values()} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_inner_ascent_may_be_a_plain_transformation(wrap):
+    """One that takes no extra arguments, as most of Optax's."""
+    tx, params = WRAPPERS[wrap](optax.scale(0.0)), split(W)
+    e, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+    assert np.all((whole(e) == 0) == (wrap == "repeatedly"))
+
+
+def test_several_steps_need_the_parameters_and_their_gradient():
+    tx, params = ascents.ascend_repeatedly(ascents.sam(), 2), split(W)
+    with pytest.raises(ValueError, match="ascend_repeatedly needs the parameters"):
+        tx.update(params, tx.init(params), grad_fn=grad_fn)
+    with pytest.raises(ValueError, match=r"ascend_repeatedly needs grad_fn="):
+        tx.update(params, tx.init(params), params)
+    one = ascents.ascend_repeatedly(ascents.sam(), 1)
+    one.update(params, one.init(params))
