@@ -125,7 +125,7 @@ def test_half_precision_parameters_have_noise_of_single_precision():
 def test_the_registry_counts_their_gradients():
     assert sam_optax.METHODS["random_sam"].gradients() == 1
     assert sam_optax.METHODS["rsam"].gradients() == 2
-    assert sam_optax.METHODS["multi_step_sam"].gradients(steps=4) == 5
+    assert sam_optax.METHODS["multi_step_sam"].gradients(steps=3) == 4
     assert sam_optax.METHODS["rst"].gradients(probability=0.25) == 1.25
     assert np.isnan(sam_optax.METHODS["rst"].gradients(probability=lambda t: 0.5))
     for name in ("ae_sam", "ae_look_sam"):
