@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import sam_optax
 from doors import DOORS
@@ -464,6 +466,72 @@ def test_groups_of_examples_share_the_fisher_mask():
         parts.append(flat(jax.grad(losses_of_mean)(point, X[i : i + 4], Y[i : i + 4])))
     found = flat(step(w, sam.init(w)).gradients)
     np.testing.assert_allclose(found, np.mean(parts, axis=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("sync", [True, False])
+def test_fisher_on_an_axis_of_devices(sync, check_vma):
+    """Each device has its own examples; the mean over the axis is F of all of them."""
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    sam = sam_optax.ssam(0.1, 0.7, score="fisher")
+    loss_and_grads = sam_optax.sam_value_and_grad(
+        losses, sam, axis_name="batch", sync_perturbation=sync, batch_argnums=(1, 2)
+    )
+
+    def step(w, state, x, y):
+        def fisher():
+            own = ascents.mean_squared_gradients(losses, w, x, y, at_once=2)
+            return jax.lax.pmean(own, "batch")
+
+        extra = {"fisher": fisher}
+        grads = loss_and_grads(w, x, y, opt_state=state, extra_args=extra)[1]
+        return sam.update(grads, state, w)
+
+    step = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P(), P(), P("batch"), P("batch")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    w = like_params(np.linspace(-0.5, 0.5, SIZE).astype(np.float32))
+    d, state = jax.jit(step)(w, sam.init(w), X, Y)
+    mask = largest(fisher_by_hand(w, X, Y), 6)
+    np.testing.assert_array_equal(flat(state.ascent_state[1].perturbed), mask)
+    parts, size = [], 12 if sync else 3
+    for i in range(0, 12, size):
+        g = flat(jax.grad(losses_of_mean)(w, X[i : i + size], Y[i : i + size]))
+        point = like_params(flat(w) + mask * 0.1 * g / np.linalg.norm(g))
+        there = jax.grad(losses_of_mean)(point, X[i : i + size], Y[i : i + size])
+        parts.append(flat(there))
+    np.testing.assert_allclose(flat(d), np.mean(parts, axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_fisher_on_a_mesh_with_explicit_axes():
+    """Parameters and examples are spread over one axis, and the mask as they are."""
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+    w, x = jnp.linspace(0.5, 1.5, 24).reshape(8, 3), X[:8, :1] * jnp.arange(1.0, 9.0)
+
+    def losses(w, x):
+        return jnp.sum(jnp.tanh(x @ jax.sharding.reshard(w, P())), axis=1)
+
+    part = ascents.keep_largest_fisher(0.5, refresh_every=1)
+
+    def masked(w, x):
+        def fisher():
+            return ascents.mean_squared_gradients(losses, w, x, at_once=4)
+
+        return part.update(w, part.init(w), w, fisher=fisher)[1].perturbed
+
+    with jax.set_mesh(mesh):
+        spread = jax.device_put((w, x), P("batch"))
+        mask = jax.jit(masked)(*spread)
+        assert jax.typeof(mask).sharding.spec == P("batch", None)
+    with jax.set_mesh(jax.make_mesh((1,), ("one",))):
+        wanted = masked(w, x)
+    np.testing.assert_array_equal(mask, wanted)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._checks import (
     check_number,
@@ -187,7 +188,7 @@ def _given_fisher(magnitudes: Any, fisher: Any) -> Callable[[], Any]:
         difference = _tree.mismatch(found, magnitudes)
         if difference is not None:
             raise ValueError(f"fisher must be like the parameters: {difference}.")
-        return _tree.magnitude(found)
+        return sharding.like(_tree.magnitude(found), magnitudes)
 
     return scores
 
@@ -239,14 +240,14 @@ def _masked_by(
         scores = scores_of(_tree.magnitude(g), fisher)
 
         def renewed():
-            return renew(now, step, before, scores(), kept(_tree.size(g)))
+            return vary(renew(now, step, before, scores(), kept(_tree.size(g))))
 
-        def as_before():
+        def vary(mask):
             # lax.cond wants both branches to vary over the same mesh axes, those of g.
             never = _tree.squared_norm(g) < 0
-            return jax.tree.map(lambda keep: keep | never, before)
+            return jax.tree.map(lambda keep: keep | never, mask)
 
-        after = jax.lax.cond(step % every == 0, renewed, as_before)
+        after = jax.lax.cond(step % every == 0, renewed, lambda: vary(before))
         updates = jax.tree.map(
             lambda u, keep: jnp.where(keep, u, 0 * u),
             _tree.at_least_float32(updates),
@@ -384,6 +385,16 @@ def mean_squared_gradients(
         )
     ((size,),) = sizes
 
+    # Under shard_map, JAX sums gradients over the axes along which the examples differ
+    # and the parameters do not. That sum must not come before the square.
+    axes = frozenset().union(*map(sharding.varying_axes, jax.tree.leaves(examples)))
+
+    def vary(w):
+        missing = tuple(sorted(axes - sharding.varying_axes(w)))
+        return jax.lax.pcast(w, missing, to="varying") if missing else w
+
+    params = jax.tree.map(vary, params)
+
     def mean_loss(params, *batch):
         loss = loss_fn(params, *batch)
         return jnp.mean(loss[0] if has_aux else loss)
@@ -397,20 +408,27 @@ def mean_squared_gradients(
         squares = jax.vmap(squared_gradient)(chunk)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), squares)
 
+    # On a mesh with explicit axes, parameters and examples can be spread over the same
+    # one. The gradients of several examples cannot be spread over it twice.
+    examples = jax.tree.map(sharding.replicate, examples)
+
     def part(start, stop):
         return jax.tree.map(lambda x: x[start:stop], examples)
 
     # The examples that do not fill a chunk come first, and start the sum. If there are
     # none, a full chunk does.
-    first = size % at_once or at_once
-    chunks = jax.tree.map(
-        lambda x: jnp.reshape(x, (-1, at_once, *x.shape[1:])), part(first, size)
-    )
-    summed, _ = jax.lax.scan(
-        lambda so_far, chunk: (jax.tree.map(jnp.add, so_far, total(chunk)), None),
-        total(part(0, first)),
-        chunks,
-    )
+    first = size % at_once or min(at_once, size)
+    summed = total(part(0, first))
+    count = (size - first) // at_once
+    if count:
+        chunks = jax.tree.map(
+            lambda x: jnp.reshape(x, (count, at_once, *x.shape[1:])), part(first, size)
+        )
+        summed, _ = jax.lax.scan(
+            lambda so_far, chunk: (jax.tree.map(jnp.add, so_far, total(chunk)), None),
+            summed,
+            chunks,
+        )
     return _tree.scale(1 / size, summed)
 
 
