@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -46,6 +47,13 @@ class Recorder:
       ...     recorder.add(loss, report)
       >>> print(recorder.arrays()["surrogate_gap"].round(3))
       [1.01  0.806 0.643]
+
+      Columns of your own have the names that you give them:
+
+      >>> recorder = sam_optax.Recorder()
+      >>> recorder.add(loss, report, learning_rate=0.1, accuracy=jnp.float32(0.9))
+      >>> print(recorder.arrays()["learning_rate"])
+      [0.1]
     """
 
     def __init__(self, log: Callable[[int, dict[str, float]], Any] | None = None):
@@ -58,8 +66,11 @@ class Recorder:
         self._values: list[dict[str, Any]] = []
         self._next_step = 0
         self._pending = 0  # how many of the values may be on the device
+        self._columns: tuple[str, ...] | None = None  # the user's, from the first step
 
-    def add(self, loss: Any, report: Report, *, step: int | None = None) -> None:
+    def add(
+        self, loss: Any, report: Report, *, step: int | None = None, **columns: Any
+    ) -> None:
         """Records a step, or several that a `jax.lax.scan` has stacked.
 
         Args:
@@ -67,10 +78,15 @@ class Recorder:
           report: `grads.report` of the step, with leaves of the same shape.
           step: the number of the step, or of the first of several. Default None: one
             more than the last.
+          columns: further numbers of the step by name, such as `accuracy=accuracy`, of
+            the same shape as the loss. Every step must have the same columns.
 
         Raises:
-          TypeError: if report is not a `Report`, which happens without `report=True`.
-          ValueError: if loss and report do not hold the same number of steps.
+          TypeError: if report is not a `Report`, which happens without `report=True`,
+            or a column does not hold real numbers.
+          ValueError: if loss, report and columns do not hold the same number of steps;
+            if they hold a value for each device, as `pmap` returns them; if a column
+            has the name of a field, or the columns differ from those of earlier steps.
         """
         if not isinstance(report, Report):
             raise TypeError(
@@ -79,23 +95,22 @@ class Recorder:
                 "and return grads.report from it."
             )
         values = {"loss": loss, **report._asdict()}
-        if any(isinstance(value, Tracer) for value in values.values()):
-            raise TypeError(
-                "A Recorder keeps values, not tracers: return the loss and "
-                "grads.report from the jitted function, and add them outside of it."
-            )
+        self._check_columns(columns, values)
+        values |= columns
+        shape = _shape_of_steps(values)
         if step is not None and not is_integer(step):
             raise TypeError(f"step must be an integer, got {step!r}.")
-        shapes = {np.shape(value) for value in values.values()}
-        shape = max(shapes, key=len)
-        if len(shapes) > 1 or len(shape) > 1:
-            raise ValueError(
-                "The loss and the report must be of one step, all of shape (), or of "
-                f"as many steps each; their shapes are {sorted(shapes)}."
-            )
+        self._columns = tuple(columns)
         first = self._next_step if step is None else step
         steps = np.arange(first, first + math.prod(shape))
         self._next_step = first + len(steps)
+        self._keep(steps, values)
+        if self._log is not None:
+            rows = {name: np.atleast_1d(x) for name, x in values.items()}
+            for i, number in enumerate(steps):
+                self._log(int(number), {name: float(x[i]) for name, x in rows.items()})
+
+    def _keep(self, steps: np.ndarray, values: dict[str, Any]) -> None:
         self._steps.append(steps)
         self._values.append(values)
         self._pending += 1
@@ -104,26 +119,81 @@ class Recorder:
             old = slice(-2 * _KEPT_ON_DEVICE, -_KEPT_ON_DEVICE)
             self._values[old] = jax.device_get(self._values[old])
             self._pending = _KEPT_ON_DEVICE
-        if self._log is not None:
-            columns = {name: np.atleast_1d(x) for name, x in values.items()}
-            for i, number in enumerate(steps):
-                row = {name: float(column[i]) for name, column in columns.items()}
-                self._log(int(number), row)
+
+    def _check_columns(self, columns: dict[str, Any], values: dict[str, Any]) -> None:
+        for name in columns:
+            if name in values:
+                raise ValueError(
+                    f"A column cannot be called {name!r}: that is a field of the "
+                    "record. Give it another name."
+                )
+        if self._columns is None:
+            return
+        missing = [name for name in self._columns if name not in columns]
+        unknown = [name for name in columns if name not in self._columns]
+        if missing or unknown:
+            raise ValueError(
+                "Every step must have the same columns, those of the first: "
+                f"{list(self._columns)}. Here {missing} are missing, and {unknown} are "
+                "new. Where a step has no value, pass float('nan')."
+            )
 
     def __len__(self) -> int:
         return sum(map(len, self._steps))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was recorded: "step", "loss" and the fields of `Report`, each (steps,).
+        """What was recorded: "step", "loss", the fields of `Report`, and the columns.
 
-        A field is NaN for a step that did not ascend, and so could not measure it; the
-        field "ascended" says which steps these are.
+        Each has shape (steps,). A field is NaN for a step that did not ascend, and so
+        could not measure it; the field "ascended" says which steps these are.
         """
 
         def join(parts):
             return np.concatenate([np.atleast_1d(part) for part in parts] or [[]])
 
-        names = ("loss", *Report._fields)
+        names = ("loss", *Report._fields, *(self._columns or ()))
         return {"step": join(self._steps)} | {
             name: join(values[name] for values in self._values) for name in names
         }
+
+
+_REMEDY_FOR_DEVICES = (
+    " If the first axis is that of the devices of a pmap, record the values of one "
+    "device: recorder.add(*jax.tree.map(lambda x: x[0], (loss, report)))."
+)
+
+
+def _shape_of_steps(values: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that all values have, () or (steps,), after checks that they do."""
+    if any(isinstance(value, Tracer) for value in values.values()):
+        raise TypeError(
+            "A Recorder keeps values, not tracers: return the loss and "
+            "grads.report from the jitted function, and add them outside of it."
+        )
+    for name, value in values.items():
+        _check_numbers(name, value)
+    shapes = {np.shape(value) for value in values.values()}
+    shape = max(shapes, key=len)
+    if len(shapes) > 1 or len(shape) > 1:
+        remedy = _REMEDY_FOR_DEVICES if len(shape) > 1 else ""
+        raise ValueError(
+            "The loss, the report and the columns must be of one step, all of "
+            f"shape (), or of as many steps each; their shapes are {sorted(shapes)}."
+            f"{remedy}"
+        )
+    return shape
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Raises for what is not real numbers, and for one number for each device."""
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    is_real = jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_
+    if not is_real or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must hold real numbers, got {value!r}.")
+    if not isinstance(value, jax.Array) or value.ndim == 0:
+        return
+    if value.sharding.shard_shape(value.shape)[0] < len(value):
+        raise ValueError(
+            f"The first axis of {name} is spread over devices, as pmap returns it. It "
+            f"holds a value for each device, not for each step.{_REMEDY_FOR_DEVICES}"
+        )

@@ -17,6 +17,7 @@ try:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.lines import Line2D
 except ImportError as error:
     raise ImportError(
         'sam_optax.plot needs matplotlib. To install it: pip install "sam_optax[plot]".'
@@ -186,9 +187,11 @@ def training(
       axes: an array of at least six axes. Default None: new ones.
 
     Returns:
-      An array of six axes: the loss, the perturbed loss, the surrogate gap, the norms
-      of the gradients g at the parameters and gᵃ at the perturbed point, the cosine
-      between the two, and the norm of the perturbation ε. For steps that did not
+      An array of six axes. Each run has one colour in all of them (and beyond eight
+      runs, a marker). A legend of the runs is below new axes, or in the first of those
+      that you pass. The six axes show the loss, the perturbed loss, the surrogate gap,
+      the norms of the gradients g at the parameters and gᵃ at the perturbed point, the
+      cosine between the two, and the norm of the perturbation ε. For steps that did not
       ascend, only the loss and ‖g‖ are drawn. NaN leaves a gap in a curve.
 
     Raises:
@@ -204,33 +207,66 @@ def training(
       6
     """
     named = _named(recorders)
+    is_own_figure = axes is None
     axes = _panels(axes, len(_PANELS), size=(3.6, 2.5))
     records = {name: recorder.arrays() for name, recorder in named.items()}
-    for ax, (title, styles) in zip(axes, _PANELS.items(), strict=True):
+    for ax, (title, fields) in zip(axes, _PANELS.items(), strict=True):
         for i, (name, arrays) in enumerate(records.items()):
-            for (field, label), style in zip(styles.items(), ("-", ":"), strict=False):
-                text = ", ".join(part for part in (name, label) if part)
+            for (field, label), dashes in zip(fields.items(), _DASHES, strict=False):
                 always = field in ("loss", "ascent_norm")
                 shown = always | np.asarray(arrays["ascended"], bool)
                 steps, values = arrays["step"][shown], arrays[field][shown]
-                ax.plot(steps, values, style, color=f"C{i}", label=text or None)
+                text = f"{name}, {label}" if name else label
+                style = _style(i) | {"markevery": max(1, len(steps) // 10)}
+                ax.plot(steps, values, dashes, label=text, linewidth=1, **style)
         if title.startswith("norm"):  # from 0, or rounding would look like a change
             ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 0) or 1)
         ax.set_title(title)
         ax.set_xlabel("step")
-        _legend(ax)
+        if len(fields) > 1:
+            # Grey, because a dash pattern is that of a field in every run.
+            lines = [Line2D([], [], color="grey", linestyle=dash) for dash in _DASHES]
+            ax.legend(lines, fields.values(), fontsize="small")
+    if list(records) != [""]:
+        lines = [Line2D([], [], **_style(i)) for i in range(len(records))]
+        if is_own_figure:
+            columns = min(len(records), 4)
+            axes[0].figure.legend(
+                lines, records, loc="outside lower center", ncols=columns
+            )
+        else:
+            axes[0].legend(lines, records, fontsize="small")
     return axes
 
 
-# The title of each panel, and the recorded fields in it with their legend labels.
+# The title of each panel, and the recorded fields in it with the names of their lines.
 _PANELS = {
-    "loss": {"loss": ""},
-    "perturbed loss": {"perturbed_loss": ""},
-    "surrogate gap": {"surrogate_gap": ""},
-    "norms of g and gᵃ": {"ascent_norm": "g", "descent_norm": "gᵃ"},
-    "cosine of g and gᵃ": {"cosine": ""},
-    "norm of ε": {"perturbation_norm": ""},
+    "loss": {"loss": "loss"},
+    "perturbed loss": {"perturbed_loss": "perturbed loss"},
+    "surrogate gap": {"surrogate_gap": "surrogate gap"},
+    "norms of g and gᵃ": {"ascent_norm": "‖g‖", "descent_norm": "‖gᵃ‖"},
+    "cosine of g and gᵃ": {"cosine": "cosine"},
+    "norm of ε": {"perturbation_norm": "‖ε‖"},
 }
+_DASHES = ("-", "--")
+
+# The colours of Okabe and Ito, which the colour-blind can tell apart, without yellow,
+# which is too light for a thin line.
+_COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00"),
+    *("#CC79A7", "#56B4E9", "#000000", "#999999"),
+)
+_MARKERS = ("", "o", "s", "^", "x")
+
+
+def _style(i: int) -> dict[str, Any]:
+    """What tells the i-th of several curves from the others."""
+    marker = _MARKERS[i // len(_COLOURS) % len(_MARKERS)]
+    return {
+        "color": _COLOURS[i % len(_COLOURS)],
+        "marker": marker,
+        "markersize": 4,
+    }
 
 
 def _named(results: Any) -> dict[str, Any]:
@@ -251,7 +287,11 @@ def _legend(ax: Axes) -> None:
 
 
 def _axes(ax: Axes | None) -> Axes:
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
+    if ax is not None:
+        return ax
+    ax = plt.subplots(layout="constrained")[1]
+    ax.set_prop_cycle(color=_COLOURS)
+    return ax
 
 
 def _panels(axes: Any, count: int, size: tuple[float, float]) -> Any:

@@ -156,6 +156,20 @@ def test_the_average_case_of_a_bowl(adaptive):
     assert float(estimate.standard_error) == pytest.approx(float(slope) / 30, rel=0.1)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_radius_of_another_dtype_under_strict_promotion(norm):
+    params, data = network()
+    measure = functools.partial(
+        sharpness.worst_case, loss_fn, params, data, norm=norm, steps=2
+    )
+    wanted = measure(rho=0.25, step_size=0.5)
+    with jax.numpy_dtype_promotion("strict"):
+        worst = measure(rho=jnp.float32(0.25), step_size=np.float32(0.5))
+        estimate = sharpness.eigenvalue_from_gap(worst.sharpness, jnp.float32(0.25))
+    assert_trees_close(worst, wanted, rtol=1e-12)
+    assert float(estimate) == pytest.approx(32 * float(wanted.sharpness), rel=1e-12)
+
+
 def test_zero_radius_has_zero_sharpness():
     params, data = network()
     assert sharpness.worst_case(loss_fn, params, data, rho=0.0, steps=3).sharpness == 0

@@ -33,6 +33,22 @@ def test_lines_and_planes_are_losses_at_their_points():
     np.testing.assert_array_equal(line.distances, ys)
 
 
+@pytest.mark.parametrize("narrow", [np.float16, np.float32])
+def test_the_two_axes_of_a_plane_may_differ_in_dtype(narrow):
+    """Also where JAX refuses to promote, and no distance loses digits."""
+    w, x = jnp.zeros(2), jnp.ones((1, 2))
+    directions = (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
+    xs, ys = np.array([0.5, 2.0], narrow), np.array([0.1, 1 / 3])
+    with jax.numpy_dtype_promotion("strict"):
+        surface, turned = (
+            sharpness.over_plane(lambda w, x: (x @ w**2).mean(), w, x, directions, *xy)
+            for xy in ((xs, ys), (ys, xs))
+        )
+    expected = xs.astype(np.float64) ** 2 + ys[:, None] ** 2
+    np.testing.assert_allclose(surface.losses, expected, rtol=1e-15)
+    np.testing.assert_array_equal(turned.losses, surface.losses.T)
+
+
 def test_interpolation_passes_through_both_solutions():
     params, data = network()
     other = jax.tree.map(lambda w: -w, params)

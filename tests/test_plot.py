@@ -127,14 +127,49 @@ def test_training_shows_every_field_and_leaves_out_skipped_steps():
         *("loss", "perturbed loss", "surrogate gap", "norms of g and gᵃ"),
         *("cosine of g and gᵃ", "norm of ε"),
     ]
-    assert legend(axes[0]) == ["SAM", "LookSAM"]
-    assert legend(axes[3]) == ["SAM, g", "SAM, gᵃ", "LookSAM, g", "LookSAM, gᵃ"]
     assert list(axes[0].get_lines()[1].get_xdata()) == [0, 1, 2, 3]
     for ax in (*axes[1:3], *axes[4:]):
         assert list(ax.get_lines()[1].get_xdata()) == [0, 2]
         assert list(ax.get_lines()[1].get_ydata()) == [0, 2]
-    assert plot.training(recorder())[0].get_legend() is None
     assert [ax.get_ylim()[0] == 0 for ax in axes] == [False] * 3 + [True, False, True]
+
+
+def look(line):
+    """What tells a line from others of the same panel."""
+    return line.get_color(), line.get_linestyle(), line.get_marker()
+
+
+def test_every_line_of_a_training_is_named_and_the_runs_can_be_told_apart():
+    names = [f"run {i}" for i in range(10)]
+    axes = plot.training({name: recorder() for name in names})
+    for ax in axes:
+        lines = ax.get_lines()
+        assert len({look(line) for line in lines}) == len(lines)
+    assert [line.get_label() for line in axes[3].get_lines()[:3]] == [
+        *("run 0, ‖g‖", "run 0, ‖gᵃ‖", "run 1, ‖g‖")
+    ]
+    assert legend(axes[3]) == ["‖g‖", "‖gᵃ‖"]
+    (runs,) = axes[0].figure.legends
+    assert [text.get_text() for text in runs.get_texts()] == names
+    shown = [look(line) for line in runs.get_lines()]
+    assert shown == [look(line) for line in axes[0].get_lines()]
+    # The legend has a place of its own.
+    axes[0].figure.canvas.draw()
+    below = runs.get_window_extent().y1
+    assert all(ax.get_tightbbox().y0 >= below for ax in axes)
+
+
+def test_a_training_alone_and_one_on_axes_that_are_given():
+    axes = plot.training(recorder())
+    assert axes[0].figure.legends == []
+    assert [ax.get_lines()[0].get_label() for ax in axes] == [
+        *("loss", "perturbed loss", "surrogate gap", "‖g‖", "cosine", "‖ε‖")
+    ]
+    assert [ax.get_legend() is None for ax in axes] == [True] * 3 + [False] + [True] * 2
+    figure, given = plt.subplots(2, 3)
+    plot.training({"SAM": recorder(), "SGD": recorder()}, axes=given)
+    assert figure.legends == []
+    assert legend(given[0, 0]) == ["SAM", "SGD"]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +235,69 @@ def test_a_recorder_hands_each_step_to_a_logger():
     assert rows[0][1]["loss"] == 7
     assert [values["cosine"] for _, values in rows] == [0.5, 0, 1]
     assert all(type(x) is float for _, values in rows for x in values.values())
+
+
+def test_columns_of_the_user_are_recorded_beside_the_fields():
+    rows = []
+    kept = sam_optax.Recorder(log=lambda step, values: rows.append(values))
+    kept.add(jnp.float32(7), SCALAR, lr=0.1, accuracy=jnp.float32(0.5))
+    stacked = sam_optax.Report(*[jnp.arange(2.0)] * 7)
+    kept.add(jnp.ones(2), stacked, accuracy=jnp.array([0.7, 0.8]), lr=[0.2, 0.3])
+    kept.add(7.0, SCALAR, lr=np.float32(0.4), accuracy=float("nan"))
+    arrays = kept.arrays()
+    assert list(arrays)[-2:] == ["lr", "accuracy"]
+    np.testing.assert_allclose(arrays["lr"], [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(arrays["accuracy"], [0.5, 0.7, 0.8, np.nan], rtol=1e-6)
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert rows[2]["accuracy"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, r"those of the first: \['lr'\]. Here \['lr'\] are missing"),
+        ({"lr": 1, "new": 2}, r"Here \[\] are missing, and \['new'\] are new.*'nan'"),
+        ({"lr": 1, "cosine": 2}, "cannot be called 'cosine': that is a field"),
+        ({"lr": [1, 2]}, r"as many steps each; their shapes are \[\(\), \(2,\)\]"),
+        ({"lr": "small"}, "lr must hold real numbers, got 'small'"),
+        ({"lr": 1j}, "lr must hold real numbers"),
+        ({"lr": jax.random.key(0)}, "lr must hold real numbers"),
+    ],
+)
+def test_columns_that_cannot_be_recorded(columns, message):
+    kept = sam_optax.Recorder()
+    kept.add(1.0, SCALAR, lr=0.1)
+    with pytest.raises((ValueError, TypeError), match=message):
+        kept.add(1.0, SCALAR, **columns)
+    assert len(kept) == 1 and len(kept.arrays()["lr"]) == 1
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_values_of_each_device_are_no_steps(scanned):
+    def step(x):
+        return x, sam_optax.Report(*[x] * 7)
+
+    count = jax.device_count()
+    assert count > 1
+    x = jnp.arange(3.0 * count).reshape(count, 3) if scanned else jnp.arange(count)
+    loss, report = jax.pmap(step)(x * 1.0)
+    kept = sam_optax.Recorder()
+    with pytest.raises(ValueError, match=r"spread over devices.*lambda x: x\[0\]"):
+        kept.add(loss, report)
+    with pytest.raises(ValueError, match=r"shape|spread"):
+        kept.add(*jax.device_get((loss, report)) if scanned else (loss, report))
+    kept.add(*jax.tree.map(lambda x: x[0], (loss, report)))
+    assert list(kept.arrays()["loss"]) == ([0, 1, 2] if scanned else [0])
+
+
+def test_steps_of_a_scan_over_many_devices_are_steps():
+    """Replicated values have one for each step, however many devices hold them."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    values = jax.device_put(jnp.arange(16.0), whole)
+    kept = sam_optax.Recorder()
+    kept.add(values, sam_optax.Report(*[values] * 7))
+    assert len(kept) == 16
 
 
 @pytest.mark.parametrize(

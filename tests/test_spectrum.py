@@ -128,7 +128,8 @@ def test_the_moments_of_the_density_are_those_of_the_spectrum():
     assert float(density.moment(0)) == pytest.approx(1)
     assert float(density.nodes.max()) == pytest.approx(values.max(), rel=1e-3)
     grid = np.linspace(values.min() - 1, values.max() + 1, 4001)
-    curve = density.on_grid(grid, 0.1)
+    with jax.numpy_dtype_promotion("strict"):
+        curve = density.on_grid(grid.astype(np.float32), np.float32(0.1))
     assert float(np.trapezoid(curve, grid)) == pytest.approx(1, abs=1e-6)
 
 

@@ -11,6 +11,8 @@ from sam_optax.sharpness._ball import surrogate_gap as surrogate_gap
 from sam_optax.sharpness._ball import worst_case as worst_case
 from sam_optax.sharpness._batches import Stream as Stream
 from sam_optax.sharpness._batches import stream as stream
+from sam_optax.sharpness._compare import Comparison as Comparison
+from sam_optax.sharpness._compare import compare as compare
 from sam_optax.sharpness._estimate import Estimate as Estimate
 from sam_optax.sharpness._landscape import Line as Line
 from sam_optax.sharpness._landscape import Surface as Surface

@@ -20,6 +20,7 @@ from sam_optax.sharpness._estimate import (
     estimate_over_keys,
 )
 from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
+from sam_optax.sharpness._printing import describe
 
 Norm = Literal["l2", "linf"]
 
@@ -39,6 +40,9 @@ class Sharpness(NamedTuple):
     perturbed_loss: jax.Array  # shape=(), at least float32
     sharpness: jax.Array  # shape=(), at least float32
     perturbation: Any = None
+
+    def __repr__(self) -> str:
+        return describe("Sharpness", self._asdict())
 
 
 class _Ball(NamedTuple):
@@ -62,12 +66,15 @@ class _Ball(NamedTuple):
         """The point of the ball that is nearest to δ."""
         if self.norm == "l2":
             size = _tree.norm(delta)
-            return _tree.scale(
-                jnp.where(size > self.rho, self.rho / jnp.where(size > 0, size, 1), 1),
-                delta,
-            )
-        rho = self.rho
-        return jax.tree.map(lambda d: jnp.clip(d, -rho, rho).astype(d.dtype), delta)
+            rho = jnp.asarray(self.rho, size.dtype)
+            shrink = jnp.where(size > rho, rho / jnp.where(size > 0, size, 1), 1)
+            return _tree.scale(shrink, delta)
+
+        def clip(d):
+            rho = jnp.asarray(self.rho, d.dtype)
+            return jnp.clip(d, -rho, rho)
+
+        return jax.tree.map(clip, delta)
 
     def draw(self, key: jax.Array, like: Any) -> Any:
         """A random δ: on the sphere for "l2", anywhere in the cube for "linf".
@@ -376,6 +383,8 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
     _check_radius(rho)
     if not isinstance(rho, Tracer) and rho == 0:
         raise ValueError("rho must be > 0, got 0.")
+    if hasattr(rho, "dtype") and isinstance(gap, jax.Array) and _tree.is_inexact(gap):
+        rho = jnp.asarray(rho, gap.dtype)
     return 2 * gap / rho**2
 
 
@@ -453,7 +462,8 @@ def _worst_case(
             delta, best = carry
             loss, gradient = at(delta, mean_loss_and_gradient)
             best = keep_higher(best, loss, delta)
-            shrunk = step_size * (1 - t / steps)
+            first, t = (jnp.asarray(x, loss.dtype) for x in (step_size, t))
+            shrunk = first * (1 - t / steps)
             delta = _tree.add_scaled(delta, shrunk, ball.steepest(gradient))
             return ball.project(delta), best
 

@@ -32,6 +32,9 @@ class Stream:
         for outline in (self.first, self.last):
             example_count(outline)  # raises if the batch holds no examples
 
+    def __repr__(self) -> str:
+        return f"Stream({self.count} batches, {self.size} examples)"
+
     @property
     def size(self) -> int:
         """The number of examples."""

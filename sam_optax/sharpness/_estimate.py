@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_optax._checks import check_positive_integer
+from sam_optax.sharpness._printing import describe
 
 
 class Estimate(NamedTuple):
@@ -21,6 +22,9 @@ class Estimate(NamedTuple):
 
     mean: jax.Array  # shape=(), at least float32
     standard_error: jax.Array  # shape=(), at least float32
+
+    def __repr__(self) -> str:
+        return describe("Estimate", self._asdict())
 
 
 def check_at_least_two(name: str, count: Any) -> None:

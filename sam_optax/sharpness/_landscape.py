@@ -13,6 +13,7 @@ from sam_optax._random import Key, typed_key
 from sam_optax.sharpness._batches import check_data, finish
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
+from sam_optax.sharpness._printing import describe
 
 
 class Line(NamedTuple):
@@ -25,6 +26,9 @@ class Line(NamedTuple):
 
     distances: jax.Array  # shape=(points,)
     losses: jax.Array  # shape=(points,), at least float32
+
+    def __repr__(self) -> str:
+        return describe("Line", self._asdict())
 
 
 class Surface(NamedTuple):
@@ -39,6 +43,9 @@ class Surface(NamedTuple):
     xs: jax.Array  # shape=(columns,)
     ys: jax.Array  # shape=(rows,)
     losses: jax.Array  # shape=(rows, columns), at least float32
+
+    def __repr__(self) -> str:
+        return describe("Surface", self._asdict())
 
 
 def along_line(
@@ -154,7 +161,9 @@ def over_plane(
         _check_direction("Each direction", direction, params)
         for direction in directions
     )
-    points = jnp.stack(jnp.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+    widest = _tree.widest(xs.dtype, ys.dtype)
+    grid = jnp.meshgrid(xs.astype(widest), ys.astype(widest))
+    points = jnp.stack(grid, axis=-1).reshape(-1, 2)
     losses = _losses(Function(loss_fn), params, data, directions, points, batch_size)
     return Surface(xs, ys, finish(data, losses).reshape(len(ys), len(xs)))
 

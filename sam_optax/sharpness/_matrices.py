@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax.sharpness._batches import check_data, finish, mean_over_batches
+from sam_optax.sharpness._batches import (
+    Stream,
+    check_data,
+    finish,
+    mean_over_batches,
+)
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import (
     Function,
@@ -18,6 +23,7 @@ from sam_optax.sharpness._loss import (
     one_loss,
     scalar,
 )
+from sam_optax.sharpness._printing import describe
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +48,16 @@ class Matrix:
     data: Any
     product: Callable[..., Any]
     batch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        is_stream = isinstance(self.data, Stream)
+        fields = {
+            "dimension": self.dimension,
+            "data": repr(self.data) if is_stream else self.data,
+            "product": type(self.product).__name__.strip("_"),
+            "batch_size": self.batch_size,
+        }
+        return describe("Matrix", fields)
 
     @property
     def dimension(self) -> int:

@@ -20,6 +20,7 @@ from sam_optax.sharpness._estimate import (
     estimate_over_keys,
 )
 from sam_optax.sharpness._matrices import Matrix
+from sam_optax.sharpness._printing import describe
 
 Which = Literal["largest", "smallest"]
 
@@ -40,6 +41,9 @@ class Eigenpairs(NamedTuple):
     vectors: Any  # shapes=(k, ...), at least float32
     residuals: jax.Array  # shape=(k,), at least float32
 
+    def __repr__(self) -> str:
+        return describe("Eigenpairs", self._asdict())
+
     def vector(self, index: int) -> Any:
         """One of the vectors, as a tree like the parameters."""
         return jax.tree.map(lambda leaf: leaf[index], self.vectors)
@@ -56,6 +60,9 @@ class SpectralDensity(NamedTuple):
 
     nodes: jax.Array  # shape=(num_samples, num_matvecs), at least float32
     weights: jax.Array  # shape=(num_samples, num_matvecs), at least float32
+
+    def __repr__(self) -> str:
+        return describe("SpectralDensity", self._asdict())
 
     def moment(self, power: int) -> jax.Array:
         """Estimates the mean of λ^power over the spectrum, tr(A^power) / dimension.
@@ -80,7 +87,7 @@ class SpectralDensity(NamedTuple):
         """
         if not isinstance(width, Tracer) and not width > 0:
             raise ValueError(f"width must be > 0, got {width}.")
-        grid = jnp.asarray(grid, self.nodes.dtype)
+        grid, width = (jnp.asarray(x, self.nodes.dtype) for x in (grid, width))
         distance = (grid[:, None, None] - self.nodes) / width
         peak = self.weights / (width * jnp.sqrt(2 * jnp.pi))
         return jnp.mean(jnp.sum(peak * jnp.exp(-(distance**2) / 2), axis=2), axis=1)
