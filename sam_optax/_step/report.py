@@ -37,7 +37,8 @@ class Report(NamedTuple):
 
 def unknown() -> float:
     """What stands in a report for a number that the step did not measure."""
-    return 0.0 if jax.config.jax_debug_nans else math.nan
+    config: Any = jax.config
+    return 0.0 if config.jax_debug_nans else math.nan
 
 
 class AtPerturbed(NamedTuple):

@@ -1,0 +1,154 @@
+"""What the core hands on and keeps, by value, at a step other than the first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import sam_optax
+import sam_optax.nnx
+
+W = jnp.array([3.0, 4.0])
+
+
+def test_the_state_of_an_ascent_follows_g_even_if_the_second_gradient_is_bad():
+    """What is made of the second gradient reverts, and the average of g goes on."""
+    sam = sam_optax.sharpness_aware(
+        sam_optax.ascents.fsam(decay=0.5),
+        cadence=sam_optax.cadences.every_k_reusing(1),
+    )
+    _, state = sam.update(W, sam.init(W), W, grad_fn=lambda p: p * p)
+    kept = state.cadence_state.kept_direction
+    d, state = sam.update(W, state, W, grad_fn=lambda p: p * jnp.inf)
+    assert not np.any(np.isfinite(d))
+    np.testing.assert_allclose(state.ascent_state[0].gradient_ema, 0.75 * W, rtol=1e-6)
+    np.testing.assert_array_equal(state.cadence_state.kept_direction, kept)
+    assert state.cadence_state.cadence_step == 2
+
+
+def test_the_state_of_a_descent_reverts_with_either_gradient():
+    descent = optax.ema(0.5, debias=False)
+    sam = sam_optax.sharpness_aware(sam_optax.ascents.sam(0.5), descent=descent)
+    _, before = sam.update(W, sam.init(W), W, grad_fn=lambda p: p)
+    np.testing.assert_allclose(before.descent_state.ema, 0.5 * 1.1 * W, rtol=1e-6)
+    nan = jnp.full(2, jnp.nan)
+    for g, ga in ((W, nan), (nan, W)):
+        _, state = sam.update(g, before, W, grad_fn=lambda p, ga=ga: ga)
+        np.testing.assert_array_equal(state.descent_state.ema, before.descent_state.ema)
+        assert state.descent_state.count == 2
+
+
+def test_the_helper_hands_the_mean_loss_to_the_parts():
+    seen = []
+
+    def look(updates, state, params=None, *, value=None, **extra_args):
+        seen.append(value)
+        return updates, state
+
+    parts = optax.GradientTransformationExtraArgs(optax.init_empty_state, look)
+    ascent = optax.chain(sam_optax.ascents.sam(0.1), parts)
+    sam = sam_optax.sharpness_aware(ascent, descent=parts)
+    state = sam.init(W)
+    seen.clear()  # of what init tried
+
+    def losses(w, x):
+        return x * jnp.sum(w), "aux"
+
+    helper = sam_optax.sam_value_and_grad(losses, sam, has_aux=True)
+    helper(W, jnp.array([1.0, 3.0]), opt_state=state)
+    assert [float(value) for value in seen] == [14, 14]
+
+
+@pytest.mark.parametrize("how", ["vmap", "unroll", "scan"])
+def test_means_over_groups_of_half_precision_keep_what_is_small(how):
+    """In bfloat16, 256 + 1 is 256."""
+    w = jnp.zeros(2, jnp.bfloat16)
+    x = jnp.array([256.0, 2, 2, 2], jnp.bfloat16)
+
+    def loss_fn(w, x):
+        return jnp.sum(x.astype(jnp.float32)[:, None] * w.astype(jnp.float32))
+
+    sam = sam_optax.sam(rho=0.0, stochastic_rounding=0)
+    helper = sam_optax.sam_value_and_grad(loss_fn, sam, m=1, map_groups=how)
+    _, grads = helper(w, x, opt_state=sam.init(w))
+    assert grads.gradients.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        grads.gradients, jnp.full(2, 262 / 4).astype(jnp.bfloat16)
+    )
+    assert float(grads.gradients[0]) != 64
+
+
+def test_a_masked_ascent_takes_its_gradients_beside_the_other_leaves():
+    """The leaf that is left out stays at w, and not at zero or at w + ε."""
+    points = []
+
+    def grad_fn(point):
+        points.append(point)
+        return {"a": point["a"] * point["b"][0], "b": point["b"]}
+
+    w = {"a": W, "b": jnp.array([2.0, 7.0])}
+    sam = sam_optax.multi_step_sam(1.0, steps=2, mask={"a": True, "b": False})
+    d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+    for point, length in zip(points[1:], (5.5, 6.0), strict=True):
+        np.testing.assert_allclose(point["a"], W * length / 5, rtol=1e-6)
+        np.testing.assert_array_equal(point["b"], w["b"])
+    np.testing.assert_allclose(d["a"], 2 * W * 6 / 5, rtol=1e-6)
+
+
+class Counting(nnx.Module):
+    """A layer that counts its calls, and adds its count to the outputs."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.array([3.0, 4.0]))
+        self.calls = nnx.Variable(jnp.array(0.0))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1.0
+        return x * self.scale[...] + self.calls[...]
+
+
+def test_both_passes_of_a_module_start_from_the_same_variables():
+    model = Counting()
+    tx = optax.chain(sam_optax.sam(rho=0.5), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    gradients = sam_optax.nnx.value_and_ascent_grad(
+        lambda model, x: jnp.mean(model(x) ** 2)
+    )
+
+    def expected(scale, calls):
+        """One step by hand, on outputs scale + calls for inputs of one."""
+
+        def gradient(w):
+            return w + calls  # of the mean of two squares
+
+        g = gradient(scale)
+        return scale - 0.1 * gradient(scale + 0.5 * g / np.linalg.norm(g))
+
+    scale = np.array([3.0, 4.0])
+    for calls in (1.0, 2.0, 3.0):
+        _, g, extra_args = gradients(model, jnp.ones(2))
+        optimizer.update(model, g, **extra_args)
+        scale = expected(scale, calls)
+        np.testing.assert_allclose(model.scale[...], scale, rtol=1e-5)
+        assert model.calls[...] == calls
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_rounding_draws_anew_on_each_step_and_for_each_leaf(steps):
+    """With a key of its own for each step, the mean of w + ε is not rounded."""
+    w = {"a": jnp.ones(4000, jnp.bfloat16), "b": jnp.ones(4000, jnp.bfloat16)}
+    sam = sam_optax.usam(rho=1.0, stochastic_rounding=3)
+    g = jax.tree.map(lambda x: x * 0.002, w)
+    state, seen = sam.init(w), []
+    for _ in range(steps):
+        points = []
+        _, state = sam.update(
+            g, state, w, grad_fn=lambda p, points=points: points.append(p) or g
+        )
+        seen += [np.asarray(points[0][k], np.float32) for k in "ab"]
+    for one in seen:
+        assert one.mean() == pytest.approx(1.002, abs=2.5e-4)
+    for i, one in enumerate(seen):
+        assert all(np.any(one != other) for other in seen[:i])
