@@ -92,6 +92,27 @@ def test_without_a_schedule_the_threshold_is_the_mean():
     assert_same(visit(sam_optax.ae_sam(rho=0.5, decay=0.6), DOORS["door2"]), wanted)
 
 
+def decisions(cadence, steps):
+    g, state, taken = jnp.ones(2), cadence.init(None), []
+    for _ in range(steps):
+        decision, state = cadence.decide(g, state)
+        taken.append(bool(decision))
+    return taken
+
+
+def test_a_threshold_counts_from_its_own_step_on():
+    steep = cadences.when_steep(lambda t: jnp.where(t < 3, 1e9, -1e9))
+    for cadence in (steep, cadences.reusing(steep)):
+        assert decisions(cadence, 6) == [False] * 3 + [True] * 3
+
+
+def test_a_step_as_steep_as_its_mean_ascends():
+    """Where the gradient is always zero, so are its mean and variance, nearly."""
+    cadence = cadences.when_steep(0.0)
+    decision, _ = cadence.decide(jnp.zeros(2), cadence.init(None))
+    assert decision
+
+
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("door", DOORS)
 def test_ae_look_sam_reuses_the_direction_of_the_last_step_that_ascended(door):

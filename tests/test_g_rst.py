@@ -61,6 +61,15 @@ def test_rst_is_g_rst_with_a_weight_of_one():
     assert_same(descend(sam_optax.rst(0.5, probability, key=2), steps=7), wanted)
 
 
+def test_a_probability_counts_from_its_own_step_on():
+    cadence = cadences.at_random(lambda t: jnp.where(t < 3, 0.0, 1.0))
+    state, taken = cadence.init(None), []
+    for _ in range(6):
+        decision, state = cadence.decide(None, state)
+        taken.append(bool(decision))
+    assert taken == [False] * 3 + [True] * 3
+
+
 def test_the_expectation_of_g_rst_is_sam_where_the_weight_is_one_over_p():
     w = jnp.asarray(W)
     sam = sam_optax.rst(0.5, probability=0.25, alpha=4.0)
