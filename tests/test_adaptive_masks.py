@@ -48,10 +48,20 @@ def test_asam(mask):
     assert_same(descend(sam), trajectory(lambda g, memory: g))
 
 
+def friendly_as_released(g, memory):
+    before = memory.get("m")
+    memory["m"] = g if before is None else 0.6 * before + 0.4 * g
+    return g if before is None else g - 0.5 * before
+
+
 @pytest.mark.usefixtures("double_precision")
-def test_fasam():
-    sam = sam_optax.fasam(rho, eta, 0.5, 0.6, adaptive_mask=ONLY_X)
-    assert_same(descend(sam), trajectory(friendly))
+@pytest.mark.parametrize("as_released", [False, True])
+def test_fasam(as_released):
+    sam = sam_optax.fasam(
+        rho, eta, 0.5, 0.6, adaptive_mask=ONLY_X, as_released=as_released
+    )
+    wanted = trajectory(friendly_as_released if as_released else friendly)
+    assert_same(descend(sam), wanted)
 
 
 @pytest.mark.usefixtures("double_precision")
