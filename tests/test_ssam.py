@@ -1,6 +1,7 @@
 """SSAM by value: which entries each refresh chooses, when, and by which key."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,22 @@ def test_half_precision_gives_float32_and_bools():
 
 
 # --- The method.
+
+
+def test_the_parts_have_the_defaults_of_the_method():
+    def defaults(make):
+        parameters = inspect.signature(make).parameters
+        shared = ("sparsity", "refresh_every", "drop", "key")
+        return {name: parameters[name].default for name in shared if name in parameters}
+
+    method = defaults(sam_optax.ssam)
+    assert method["sparsity"] == 0.5
+    for part in (
+        ascents.keep_largest_fisher,
+        ascents.keep_largest_gradient,
+        ascents.drop_and_grow,
+    ):
+        assert defaults(part).items() <= method.items()
 
 
 def test_the_method_passes_on_what_it_is_given():
