@@ -320,7 +320,7 @@ def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize
     if not all(x.size for x in known):
         raise ValueError("A surface holds no finite loss.")
     lowest, highest = min(x.min() for x in known), max(x.max() for x in known)
-    if lowest < 0:
+    if lowest < 0 or highest == 0:
         edges = np.linspace(lowest, max(highest, lowest + 1e-9), count + 1)
         return edges, Normalize(edges[0], edges[-1])
     # A corner with huge losses, or a loss of exactly zero, must not stretch the scale

@@ -65,6 +65,98 @@ def test_the_worst_case_is_that_of_brute_force(norm, adaptive, rho):
     assert float(worst.perturbed_loss) == pytest.approx(float(at_the_point), rel=1e-12)
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_one_ascent_step_by_step(norm, adaptive):
+    """Against the same in NumPy, at a step size that meets the edge of the ball."""
+    w, rho, steps, size = np.array([0.4, -1.5]), 0.4, 3, 0.8
+    stretch = np.abs(w) if adaptive else np.ones(2)
+    ones = jnp.ones(1)
+    gradient = jax.grad(lambda w: hills(w, ones))
+
+    def loss(delta):
+        return float(hills(w + stretch * delta, np.ones(1)))
+
+    def steepest(delta):
+        g = stretch * np.asarray(gradient(jnp.asarray(w + stretch * delta)))
+        return rho * (np.sign(g) if norm == "linf" else g / np.linalg.norm(g))
+
+    def project(delta):
+        if norm == "linf":
+            return np.clip(delta, -rho, rho)
+        return delta / max(1, np.linalg.norm(delta) / rho)
+
+    visited = [np.zeros(2)]
+    for t in range(steps):
+        step = size * (1 - t / steps) * steepest(visited[-1])
+        visited.append(project(visited[-1] + step))
+    best = max(visited, key=loss)
+    worst = sharpness.worst_case(
+        hills,
+        jnp.asarray(w),
+        ones,
+        rho=rho,
+        steps=steps,
+        restarts=1,
+        step_size=size,
+        norm=norm,
+        adaptive=adaptive,
+    )
+    np.testing.assert_allclose(worst.perturbation, stretch * best, rtol=1e-10)
+    assert float(worst.perturbed_loss) == pytest.approx(loss(best), rel=1e-12)
+    assert float(worst.loss) == pytest.approx(loss(np.zeros(2)), rel=1e-12)
+    # A step in one go is SAM's.
+    gap = sharpness.surrogate_gap(
+        hills, jnp.asarray(w), ones, rho=rho, norm=norm, adaptive=adaptive
+    )
+    first = steepest(np.zeros(2))
+    np.testing.assert_allclose(gap.perturbation, stretch * first, rtol=1e-10)
+    rise = loss(first) - loss(np.zeros(2))
+    assert float(gap.sharpness) == pytest.approx(rise, rel=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_random_starts_fill_the_ball(norm):
+    """Steps of size 0 leave the second start where it was drawn."""
+
+    def start(restarts, key=0):
+        worst = sharpness.worst_case(
+            lambda w, x: jnp.sum(w**2) * x.mean(),
+            jnp.zeros(400),
+            jnp.ones(1),
+            rho=0.5,
+            steps=1,
+            restarts=restarts,
+            step_size=0.0,
+            norm=norm,
+            key=key,
+        )
+        return np.asarray(worst.perturbation)
+
+    assert not np.any(start(1))
+    drawn, other = start(2), start(2, key=1)
+    assert np.any(drawn != other)
+    assert abs(np.mean(drawn)) < 4 * np.std(drawn) / 20
+    if norm == "l2":
+        assert np.linalg.norm(drawn) == pytest.approx(0.5, rel=1e-12)
+        assert np.std(drawn / 0.5 * 20) == pytest.approx(1, rel=0.01)
+        assert np.abs(drawn).max() > 2.5 * np.std(drawn)  # Gaussian, not on a cube
+    else:
+        assert 0.49 < np.abs(drawn).max() < 0.5
+        assert np.std(drawn) == pytest.approx(0.5 / 3**0.5, rel=0.1)
+        # Of several starts, the highest counts.
+        assert np.sum(start(9) ** 2) > np.sum(drawn**2)
+
+
+def test_a_minimum_of_no_gradient_stays_in_the_ball():
+    """The projection of zero is zero, and derivatives are finite."""
+    worst = sharpness.worst_case(
+        lambda w, x: 0 * jnp.sum(w) + x.mean(), jnp.zeros(3), jnp.ones(2), rho=0.1
+    )
+    np.testing.assert_array_equal(worst.perturbation, 0)
+    assert (float(worst.loss), float(worst.sharpness)) == (1, 0)
+
+
 def test_restarts_find_the_sharp_direction_of_a_minimum():
     x = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
     measure = functools.partial(

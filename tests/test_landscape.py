@@ -59,6 +59,44 @@ def test_interpolation_passes_through_both_solutions():
     np.testing.assert_allclose(line.losses, expected, rtol=1e-12)
 
 
+def test_filters_and_directions_of_a_small_kernel():
+    """Each filter of noise, its last axis, has the norm of the weights' filter."""
+    kernel = jnp.array([[[3.0, 0.0]], [[4.0, 0.1]]])  # (2, 1, 2): norms 5 and 0.1
+    params = {"kernel": kernel, "bias": jnp.ones(3), "scale": jnp.ones(())}
+    v = sharpness.filter_normalized_direction(params, key=3)
+    noise = np.asarray(v["kernel"])
+    np.testing.assert_allclose(np.linalg.norm(noise, axis=(0, 1)), [5, 0.1])
+    assert not np.any(v["bias"]) and not np.any(v["scale"])
+    # Both filters are parts of the same noise: their entries have its signs.
+    first = sharpness.filter_normalized_direction(params, filter_axis=0, key=3)
+    sizes = np.linalg.norm(np.asarray(first["kernel"]), axis=(1, 2))
+    np.testing.assert_allclose(sizes, [3, np.hypot(4, 0.1)])
+    np.testing.assert_array_equal(np.sign(first["kernel"]), np.sign(noise))
+    other = sharpness.filter_normalized_direction(params, key=4)
+    assert np.any(other["kernel"] != v["kernel"])
+
+
+def test_a_line_has_the_losses_of_its_points_in_its_dtype():
+    def loss(w, x):
+        return jnp.sum(w["a"] ** 2) * x.mean() + w["b"]
+
+    w = {"a": jnp.ones(2, jnp.float16), "b": jnp.zeros((), jnp.float16)}
+    v = {"a": jnp.array([1.0, 0.0]), "b": np.float64(1)}
+    line = sharpness.along_line(loss, w, jnp.ones(3, jnp.float32), v, [0, 1, -3])
+    assert line.distances.dtype == line.losses.dtype == jnp.float32
+    np.testing.assert_array_equal(line.losses, [2, 6, 2])
+    line = sharpness.along_line(loss, w, np.ones(3, np.float32), v, np.float16([0.5]))
+    assert line.losses.dtype == jnp.float32
+    np.testing.assert_allclose(line.losses, [3.75])
+
+
+def test_the_steepest_direction_at_a_stationary_point_is_zero():
+    v = sharpness.gradient_direction(
+        lambda w, x: jnp.sum(w**2) * x.mean(), jnp.zeros(3), jnp.ones(4)
+    )
+    np.testing.assert_array_equal(v, 0)
+
+
 def test_directions():
     params, data = network()
     random = sharpness.random_direction(params)

@@ -62,6 +62,92 @@ def test_a_spectrum_is_the_density_and_names_the_largest_eigenvalue():
     assert list(ax.get_lines()[3].get_xdata()) == pytest.approx([2.4, 2.4])
 
 
+@pytest.mark.parametrize(
+    ("scale", "width", "used", "margin"),
+    [(1.2, None, 0.012, 0.048), (1.2, 0.001, 0.001, 0.036), (-1, None, 0.01, 0.04)],
+)
+def test_how_wide_and_how_high_a_spectrum_is(scale, width, used, margin):
+    """Nodes from 0 to 1.2 or -1; the lowest peak has the weight 0.1 of two vectors."""
+    nodes = jnp.array([[0.0, 1.0], [0.0, 0.5]]) * scale + 0.0
+    density = sharpness.SpectralDensity(nodes, jnp.array([[0.9, 0.1], [0.8, 0.2]]))
+    ax = plot.spectrum(density, width=width)
+    x, y = ax.get_lines()[0].get_data()
+    low, high = min(scale, 0), max(scale, 0)
+    assert (x[0], x[-1]) == pytest.approx((low - margin, high + margin), rel=1e-5)
+    assert len(x) == 2000
+    np.testing.assert_allclose(y, density.on_grid(x, used), rtol=1e-4, atol=1e-6)
+    peak = 0.05 / (used * np.sqrt(2 * np.pi))
+    assert ax.get_ylim()[0] == pytest.approx(peak / 3, rel=1e-5)
+    assert legend(ax) == [f"largest {high:.3g}"]
+
+
+def test_the_lowest_peak_of_all_spectra_that_is_more_than_rounding():
+    weights = jnp.array([[1 - 1e-3, 1e-3, 1e-10]])
+    low = sharpness.SpectralDensity(jnp.array([[0.0, 1.0, 2.0]]), weights)
+    for both in ({"a": DENSITY, "b": low}, {"b": low, "a": DENSITY}):
+        ax = plot.spectrum(both, width=0.1)
+        peak = 1e-3 / (0.1 * np.sqrt(2 * np.pi))
+        assert ax.get_ylim()[0] == pytest.approx(peak / 3, rel=1e-4)
+        plt.close("all")
+
+
+def test_a_spectrum_of_equal_values_is_as_wide_as_they_are_large():
+    fives = sharpness.SpectralDensity(jnp.full((1, 2), 5.0), jnp.full((1, 2), 0.5))
+    x = plot.spectrum(fives).get_lines()[0].get_xdata()
+    assert (x[0], x[-1]) == pytest.approx((4.8, 5.2))
+
+
+@pytest.mark.parametrize(
+    ("losses", "lowest", "highest"),
+    [
+        # Nothing is cut off below 1000 times the smallest.
+        (([0.01, 2.0], [0.5, 9.0]), 0.01, 9.0),
+        # One panel of high losses beside one of low ones: 1000 times the smallest loss
+        # of the panel where that is highest, but at most 1000 there.
+        (([0.01, 1e9], [0.5, 1e9]), 0.01, 500.0),
+        (([0.01, 1e9], [7.0, 1e9]), 0.01, 1000.0),
+        (([3.0, 1e9], [7.0, 1e9]), 3.0, 3000.0),
+        # A loss of zero does not stretch the scale to below a millionth.
+        (([0.0, 2.0, 0.1],), 2e-6, 2.0),
+        (([0.0, 0.0], [0.0, 5.0]), 5e-6, 5.0),
+        (([4.0, 4.0],), 4.0, 4.004),
+    ],
+)
+def test_the_colours_of_surfaces_end_where_the_docs_say(losses, lowest, highest):
+    edges, norm = plot._levels([np.array(x) for x in losses], 10)
+    np.testing.assert_allclose(edges, np.geomspace(lowest, highest, 11))
+    assert (norm.vmin, norm.vmax) == (edges[0], edges[-1])
+    assert isinstance(norm, matplotlib.colors.LogNorm)
+
+
+@pytest.mark.parametrize(
+    ("losses", "lowest", "highest"),
+    [([-1.0, 3.0], -1, 3), ([-2.0, -2.0], -2, -2 + 1e-9), ([0.0, 0.0], 0, 1e-9)],
+)
+def test_the_colours_of_surfaces_without_a_logarithm(losses, lowest, highest):
+    edges, norm = plot._levels([np.array([*losses, np.inf])], 4)
+    np.testing.assert_allclose(edges, np.linspace(lowest, highest, 5))
+    assert not isinstance(norm, matplotlib.colors.LogNorm)
+    assert (norm.vmin, norm.vmax) == (edges[0], edges[-1])
+    zeros = SURFACE._replace(losses=np.zeros_like(SURFACE.losses))
+    plot.surfaces(zeros)[0].figure.canvas.draw()
+
+
+def test_panels_stand_in_rows_of_three():
+    axes = plot.surfaces({str(i): SURFACE for i in range(4)})
+    figure = axes[0].figure
+    figure.canvas.draw()
+    corners = [ax.get_position() for ax in axes]
+    assert corners[0].y0 == corners[2].y0 > corners[3].y0
+    assert corners[0].x0 == corners[3].x0 < corners[1].x0 < corners[2].x0
+    assert tuple(figure.get_size_inches()) == pytest.approx((3 * 3.4 + 0.8, 2 * 3.2))
+    ticks = [tick.get_text() for tick in figure.axes[-1].get_yticklabels()]
+    assert ticks[0] == "0.01" and len(ticks) == 6
+    given = plt.subplots(2, 2)[1]
+    used = plot.surfaces({"a": SURFACE, "b": SURFACE}, axes=given)
+    assert list(used) == [given[0, 0], given[0, 1]]
+
+
 def test_a_spectrum_of_one_value_can_be_drawn():
     ax = plot.spectrum(sharpness.SpectralDensity(jnp.zeros((1, 1)), jnp.ones((1, 1))))
     assert legend(ax) == ["largest 0"]
@@ -303,6 +389,7 @@ def test_steps_of_a_scan_over_many_devices_are_steps():
 @pytest.mark.parametrize(
     ("loss", "report", "message"),
     [
+        (jnp.ones(3), SCALAR, r"\(3,\)\]\.$"),
         (1.0, None, r"sam_value_and_grad\(..., report=True\)"),
         (jnp.ones(3), SCALAR, "as many steps each; their shapes are"),
         (jnp.ones((2, 2)), sam_optax.Report(*[jnp.ones((2, 2))] * 7), "shapes are"),

@@ -169,6 +169,91 @@ def test_the_number_of_products_is_what_the_method_says(measure, expected):
     assert len(products) == expected * batches
 
 
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (lambda A: sharpness.eigenpairs(A), 25),
+        (lambda A: sharpness.eigenpairs(A, 2), 29),
+        (lambda A: sharpness.trace(A), 100),
+        (lambda A: sharpness.spectral_density(A), 510),
+    ],
+    ids=["eigenpair", "eigenpairs", "trace", "spectral_density"],
+)
+def test_the_default_number_of_products(measure, expected):
+    products = []
+
+    def product(params, v, x):
+        jax.debug.callback(lambda: products.append(1))
+        return jnp.arange(60.0) * v
+
+    measure(sharpness.Matrix(jnp.ones(60), jnp.ones(1), jax.tree_util.Partial(product)))
+    jax.effects_barrier()
+    assert len(products) == expected
+
+
+def diagonal(values, like):
+    """The matrix diag(values) over parameters of several leaves."""
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.ones_like, like))
+    values = jnp.asarray(values, flat.dtype)
+
+    def product(params, v, x):
+        return jax.tree.map(lambda d, v: d.astype(v.dtype) * v, unravel(values), v)
+
+    return sharpness.Matrix(like, jnp.ones(1), jax.tree_util.Partial(product))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_the_eigenpairs_of_a_diagonal_matrix(which, scale):
+    """In order, with their signs; over leaves of several shapes and dtypes."""
+    like = {"a": jnp.ones((2, 3)), "b": jnp.ones(2, jnp.float32), "c": jnp.ones(())}
+    entries = scale * np.array([-7.0, 1, 2, 3, 5, -4, 0.5, -0.5, 4])
+    pairs = sharpness.eigenpairs(diagonal(entries, like), 3, which=which)
+    order = np.argsort(entries)[:3] if which == "smallest" else np.argsort(-entries)[:3]
+    np.testing.assert_allclose(pairs.values, entries[order], rtol=1e-6)
+    for i, entry in enumerate(order):
+        v = np.abs(ravel_pytree(pairs.vector(i))[0])
+        np.testing.assert_allclose(v, np.eye(9)[entry], atol=1e-5)
+    np.testing.assert_array_less(0, pairs.residuals)
+    np.testing.assert_array_less(pairs.residuals, 1e-5 * scale)
+    assert pairs.vectors["a"].shape == (3, 2, 3)
+
+
+def test_the_trace_of_one_off_diagonal_entry():
+    """v'Av is ± 2a: the standard error is that of as many signs."""
+    A = jnp.array([[1.0, 3.0], [3.0, 2.0]])
+    product = jax.tree_util.Partial(lambda w, v, x: A @ v)
+    matrix = sharpness.Matrix(jnp.ones(2), jnp.ones(1), product)
+    estimate = sharpness.trace(matrix, num_samples=50)
+    above = (float(estimate.mean) - 3 + 6) / 12 * 50  # how many samples are 3 + 6
+    assert above == pytest.approx(round(above), abs=1e-9)
+    share = above / 50
+    deviation = 12 * np.sqrt(share * (1 - share) * 50 / 49)
+    assert float(estimate.standard_error) == pytest.approx(deviation / 50**0.5)
+    assert 10 < above < 40
+    others = [sharpness.trace(matrix, num_samples=50, key=key) for key in range(1, 4)]
+    assert len({float(other.mean) for other in others}) > 1
+
+
+def test_a_density_is_the_mean_over_vectors_of_weighted_gaussians():
+    nodes, weights = (
+        np.array([[0.0, 2.0], [1.0, -1.0]]),
+        np.array([[0.9, 0.1], [0.5] * 2]),
+    )
+    density = sharpness.SpectralDensity(jnp.asarray(nodes), jnp.asarray(weights))
+    for power in range(4):
+        wanted = np.mean(np.sum(weights * nodes**power, axis=1))
+        assert float(density.moment(power)) == pytest.approx(wanted)
+    grid, width = np.array([-0.5, 0.0, 1.0]), 0.3
+    gaussians = np.exp(-((grid[:, None, None] - nodes) ** 2) / (2 * width**2))
+    heights = weights * gaussians / (width * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(
+        density.on_grid(grid, width), heights.sum(2).mean(1), rtol=1e-12
+    )
+    curve = jax.jit(density.on_grid)(grid, width)  # a traced width is not checked
+    np.testing.assert_allclose(curve, density.on_grid(grid, width), rtol=1e-12)
+
+
 def test_gradient_norm_and_fisher_trace():
     params, data = network()
     expected = optax.tree.norm(jax.grad(loss_fn)(params, *data))
