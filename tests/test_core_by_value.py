@@ -63,7 +63,7 @@ def test_the_helper_hands_the_mean_loss_to_the_parts():
 
 @pytest.mark.parametrize("how", ["vmap", "unroll", "scan"])
 def test_means_over_groups_of_half_precision_keep_what_is_small(how):
-    """In bfloat16, 256 + 1 is 256."""
+    """In bfloat16, 256 + 1 is 256. Strict promotion refuses to widen by itself."""
     w = jnp.zeros(2, jnp.bfloat16)
     x = jnp.array([256.0, 2, 2, 2], jnp.bfloat16)
 
@@ -72,7 +72,8 @@ def test_means_over_groups_of_half_precision_keep_what_is_small(how):
 
     sam = sam_optax.sam(rho=0.0, stochastic_rounding=0)
     helper = sam_optax.sam_value_and_grad(loss_fn, sam, m=1, map_groups=how)
-    _, grads = helper(w, x, opt_state=sam.init(w))
+    with jax.numpy_dtype_promotion("strict"):
+        _, grads = helper(w, x, opt_state=sam.init(w))
     assert grads.gradients.dtype == jnp.bfloat16
     np.testing.assert_array_equal(
         grads.gradients, jnp.full(2, 262 / 4).astype(jnp.bfloat16)

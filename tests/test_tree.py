@@ -126,3 +126,87 @@ def test_gradients_are_summed_by_rows(measure):
 
     w, x = jnp.ones((100, 100)), jnp.ones((8, 100))
     assert "reduce-window" not in jax.jit(measured).lower(w, x).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("ulps", "is_rounding"), [(1, True), (31.5, True), (32.5, False)]
+)
+def test_a_part_of_up_to_32_ulps_is_rounding_error(ulps, is_rounding):
+    whole = jnp.array([30.0, 40.0])
+    part = jnp.array([0.0, ulps * np.finfo(np.float32).eps * 50], jnp.float32)
+    kept = _tree.zero_if_rounding_of(whole, part)
+    np.testing.assert_array_equal(kept, 0 * part if is_rounding else part)
+    unit = _tree.unit_unless_rounding_of(whole, part)
+    np.testing.assert_allclose(unit, [0, 0 if is_rounding else 1], rtol=1e-6)
+
+
+def test_the_mean_of_groups_takes_the_first_counter():
+    means = _tree.mean_of_groups(
+        {"x": jnp.array([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]]), "n": jnp.array([5, 7])}
+    )
+    np.testing.assert_array_equal(means["x"], [2.0, 3.0, 7.0])
+    assert means["n"] == 5
+
+
+def test_the_reciprocal_of_what_has_none():
+    values = jnp.array([0.0, 1e-40, 2.0, 3e38, jnp.inf, jnp.nan])
+    inverses = [float(_tree.reciprocal_or_zero(value)) for value in values]
+    tiny = float(np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(inverses, [0, 0, 0.5, 4 * tiny, np.nan, np.nan])
+
+
+def test_arithmetic_keeps_the_dtype_of_the_first_tree():
+    half, single = jnp.array([1.0, 2.0], jnp.bfloat16), jnp.array([3.0, 5.0])
+    for actual, expected in (
+        (_tree.add_scaled(half, 2.0, single), [7, 12]),
+        (_tree.subtract(half, single), [-2, -3]),
+        (_tree.multiply(half, single), [3, 10]),
+        (_tree.cast_like(single, half), [3, 5]),
+    ):
+        assert actual.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(actual, np.float32), expected)
+    assert _tree.zeros_like(half).dtype == jnp.float32
+    assert _tree.at_least_float32(jnp.arange(3)).dtype == jnp.int32
+
+
+def test_projections_by_value():
+    x, along = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 0.0])}
+    np.testing.assert_array_equal(_tree.projection(x, along)["a"], [1, 0])
+    np.testing.assert_array_equal(_tree.orthogonal(x, along)["a"], [0, 2])
+    y = {"a": jnp.array([0.0, 5.0])}
+    np.testing.assert_array_equal(
+        _tree.orthogonal_difference(x, y, along)["a"], [0, -3]
+    )
+    zero = {"a": jnp.zeros(2)}
+    np.testing.assert_array_equal(_tree.projection(x, zero)["a"], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "words"),
+    [
+        ({"a": 1.0}, {"a": 1.0}, None),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, "['b'] should not be there"),
+        ({"a": 1.0}, {"a": 1.0, "b": 1.0}, "['b'] is missing"),
+        ({"c": 1.0}, {"a": 1.0}, "['a'] is missing"),
+        ({"a": np.ones(2)}, {"a": np.ones(3)}, "['a'] has shape (2,) in place of (3,)"),
+        (np.ones(2), np.ones(3), "it has shape (2,) in place of (3,)"),
+        ({"a": 1.0}, 1.0, "it is not a single array"),
+        (1.0, {}, "an array should not be there"),
+        ([1.0], (1.0,), "it is of another type"),
+    ],
+)
+def test_where_two_trees_differ(found, expected, words):
+    assert _tree.mismatch(found, expected) == words
+
+
+def test_drawn_numbers_differ_from_leaf_to_leaf_and_are_uniform():
+    tree = {"a": jnp.zeros(1000), "b": jnp.zeros(1000, jnp.bfloat16)}
+    drawn = _tree.uniform_like(jax.random.key(0), tree)
+    assert np.any(np.asarray(drawn["a"]) != np.asarray(drawn["b"]))
+    assert drawn["b"].dtype == jnp.float32
+    for leaf in jax.tree.leaves(drawn):
+        assert 0 <= leaf.min() < 0.01
+        assert 0.99 < leaf.max() < 1
+    normal = _tree.normal_like(jax.random.key(0), tree)
+    assert abs(float(normal["a"].mean())) < 0.13
+    assert float(normal["b"].std()) == pytest.approx(1, abs=0.1)
