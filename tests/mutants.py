@@ -13,18 +13,22 @@ equivalent mutant, such as `x - 0` for `x + 0`.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import difflib
+import importlib
 import multiprocessing
 import os
 import pathlib
 import random
-import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 
 import parso
-from cosmic_ray import mutating, plugins, testing, work_item
+import pytest
+from cosmic_ray import mutating, plugins, work_item
 from cosmic_ray.commands import init
 from cosmic_ray.modules import find_modules
 from cosmic_ray.operators.operator import Operator
@@ -126,22 +130,55 @@ def mutants(paths: list[pathlib.Path], seed: int) -> list[work_item.MutationSpec
 
 
 def enter_copy(root: str, folder: str) -> None:
-    """Makes a copy of the repository, and goes there."""
+    """Makes a copy of the repository, goes there, and imports what tests need."""
     copy = pathlib.Path(folder, f"copy-{os.getpid()}")
     left_out = shutil.ignore_patterns(".*", "__pycache__", "results", "build")
     shutil.copytree(root, copy, ignore=left_out)
     os.chdir(copy)
+    sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    for package in ("jax.numpy", "optax", "flax.nnx", "flax.linen"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
 
 
-def test(spec: work_item.MutationSpec, command: str, limit: float):
+def run_tests(tests: list[str], limit: float) -> tuple[bool, str]:
+    """Runs the tests in a fork, which need not import JAX again.
+
+    A fork is safe as long as no device has started, and none has before the tests.
+
+    Returns:
+      Whether they fail, or take longer than the limit, and what they print.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            os._exit(int(pytest.main([*options, *tests])))
+        end = time.perf_counter() + limit
+        done, status = 0, 1
+        while not done and time.perf_counter() < end:
+            time.sleep(0.05)
+            done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        output.seek(0)
+        return status != 0, output.read()
+
+
+def test(spec: work_item.MutationSpec, tests: list[str], limit: float):
     """Returns whether the tests fail with a mutant, and the change of the code."""
-    result = mutating.mutate_and_test([spec], command, limit)
-    if result.worker_outcome != work_item.WorkerOutcome.NORMAL:
-        raise RuntimeError(f"{spec}: {result.output}")
-    return result.is_killed, result.diff
+    operator = plugins.get_operator(spec.operator_name)(**spec.operator_args)
+    with mutating.use_mutation(spec.module_path, operator, spec.occurrence) as codes:
+        before, after = (code.splitlines() for code in codes)
+        change = difflib.unified_diff(before, after, lineterm="", n=0)
+        return run_tests(tests, limit)[0], list(change)
 
 
 def main() -> int:
@@ -156,29 +193,26 @@ def main() -> int:
     if args.sample and args.sample < len(specs):
         specs = random.Random(args.seed).sample(specs, args.sample)
 
-    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command = shlex.join([*pytest, *args.tests])
     with tempfile.TemporaryDirectory() as folder:
         context, made_from = multiprocessing.get_context("spawn"), (os.getcwd(), folder)
         with concurrent.futures.ProcessPoolExecutor(
             args.jobs, context, enter_copy, made_from
         ) as pool:
             start = time.perf_counter()
-            outcome, output = pool.submit(testing.run_tests, command, 3600).result()
-            if outcome != work_item.TestOutcome.SURVIVED:
+            fails, output = pool.submit(run_tests, args.tests, 3600).result()
+            if fails:
                 raise SystemExit(f"the tests fail without a mutant:\n{output}")
             limit = 3 * (time.perf_counter() - start) + 30
-            runs = [pool.submit(test, spec, command, limit) for spec in specs]
+            runs = [pool.submit(test, spec, args.tests, limit) for spec in specs]
             tried, killed = collections.Counter(), collections.Counter()
             for spec, run in zip(specs, runs, strict=True):
-                is_killed, diff = run.result()
+                is_killed, change = run.result()
                 tried[spec.module_path] += 1
                 killed[spec.module_path] += is_killed
                 if not is_killed:
                     name = spec.operator_name.split("/")[-1]
                     print(f"SURVIVED {spec.module_path}:{spec.start_pos[0]} {name}")
-                    lines = [x for x in diff.splitlines() if x[0] in "-+"]
-                    print(*lines[-2:], sep="\n", flush=True)
+                    print(*change[-2:], sep="\n", flush=True)
     for module, count in tried.items():
         print(f"{module}: {killed[module]} of {count} mutants killed")
     return 0
