@@ -121,8 +121,11 @@ def test_a_mask_that_inject_hyperparams_takes_for_a_schedule(name):
         lambda tx: optax.partition(
             {"sam": tx, "rest": optax.sgd(0.1)}, {"a": "sam", "b": "rest"}
         ),
+        lambda tx: optax.transforms.selective_transform(
+            tx, freeze_mask={"a": False, "b": True}
+        ),
     ],
-    ids=["masked", "partition"],
+    ids=["masked", "partition", "freeze"],
 )
 def test_sam_inside_of_a_mask_or_partition_of_optax(wrap):
     """Masks and partitions belong inside."""

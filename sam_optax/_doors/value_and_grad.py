@@ -62,8 +62,8 @@ def sam_value_and_grad(
         loss has a shape, its mean is taken. loss_fn must not have parameters of the
         names that the returned function takes for itself, listed below.
       tx: the SAM transformation alone, or `optax.inject_hyperparams` of it, and not the
-        chain. It must be the same object that starts the chain. (If the two differ in a
-        number only, the number of this one counts: such a difference is not noticed.)
+        chain. It must be the same object that starts the chain, or one that is built
+        in the same way; the chain's update raises if the two differ.
       has_aux: whether loss_fn returns (loss, aux). Default False.
       report: whether the gradients carry a `Report` of the step, at
         `gradients.report`. What is not used is not computed. Default False.
@@ -117,9 +117,13 @@ def sam_value_and_grad(
     Raises:
       ValueError: when building, if loss_fn has a parameter of a name given above; when
         called, if opt_state is missing, or holds no SAM state, or several, or one of
-        another transformation, or if tx is not the SAM transformation itself; if the
-        batch is not where batch_argnums says, ascent_batch does not match it, m does
-        not divide it, or options contradict each other.
+        another transformation, or another transformation comes before SAM in its chain,
+        or if tx is not the SAM transformation itself; if the batch is not where
+        batch_argnums says, ascent_batch does not match it, m does not divide it, or
+        options contradict each other. The update that takes the gradients raises if
+        another transformation made them, or if they carry on from another state.
+      TypeError: if loss_fn is a gradient, or returns something that is not a loss; if
+        the parameters are a whole model, or hold other things than numbers.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax

@@ -107,9 +107,15 @@ def sharpness_aware(
         traced; so under jit it receives tracers.
       - extra_args: forwarded to ascent and descent; unknown names are ignored.
 
+      `sam_value_and_grad` also passes a function maker=, which is called with what the
+      transformation was built from.
+
     Raises:
-      ValueError: from update, if params or grad_fn is missing, or grad_fn returns
-        something that is not a gradient.
+      ValueError: from init, if the ascent points against the gradient, or if the
+        transformation is inside of `optax.masked` or `optax.partition`; from update, if
+        params or grad_fn is missing, or grad_fn returns something that is not a
+        gradient.
+      TypeError: if ascent or descent is a whole SAM transformation.
 
     Examples:
       SAM on f(w) = w², from w = 1: ε = 0.5, so d = 2 · 1.5 = 3.
