@@ -297,13 +297,13 @@ def test_a_recorder_joins_steps_and_stacks_of_steps():
 
 
 def test_old_records_leave_the_device(monkeypatch):
-    monkeypatch.setattr("sam_optax._recorder._KEPT_ON_DEVICE", 2)
+    monkeypatch.setattr("sam_optax._recorder._KEPT_ON_DEVICE", 3)
     kept = sam_optax.Recorder()
-    for step in range(7):
+    for step in range(10):
         kept.add(jnp.float32(step), SCALAR)
     on_device = [isinstance(v["loss"], jax.Array) for v in kept._values]
-    assert on_device == [False] * 4 + [True] * 3
-    assert list(kept.arrays()["loss"]) == list(range(7))
+    assert on_device == [False] * 6 + [True] * 4
+    assert list(kept.arrays()["loss"]) == list(range(10))
 
 
 def test_a_recorder_without_steps_is_empty():
@@ -390,6 +390,7 @@ def test_steps_of_a_scan_over_many_devices_are_steps():
     ("loss", "report", "message"),
     [
         (jnp.ones(3), SCALAR, r"\(3,\)\]\.$"),
+        (jnp.ones(3), sam_optax.Report(*[jnp.ones((2, 2))] * 7), "devices of a pmap"),
         (1.0, None, r"sam_value_and_grad\(..., report=True\)"),
         (jnp.ones(3), SCALAR, "as many steps each; their shapes are"),
         (jnp.ones((2, 2)), sam_optax.Report(*[jnp.ones((2, 2))] * 7), "shapes are"),
