@@ -194,3 +194,20 @@ def test_saf_in_training_is_its_equation():
         g, past = by_hand(wanted, past)
         wanted = wanted - g
         np.testing.assert_allclose(w, wanted, rtol=1e-5)
+
+
+def test_outputs_may_be_numpy_arrays():
+    past, now = np.asarray(outputs(0)), np.asarray(outputs(1))
+    mesa = sam_optax.mesa(0.5, 0.5, 3.0)
+    term = mesa.penalty(mesa.init(np.zeros(())), jnp.asarray(now), past)
+    np.testing.assert_allclose(term, kl_term(past, now, 3.0, 0.5), rtol=1e-5)
+
+
+def test_the_average_keeps_its_dtype_beside_a_decay_in_double_precision():
+    """So that it goes through a scan."""
+    with jax.enable_x64(True):
+        mesa = sam_optax.mesa(lambda t: jnp.asarray(0.75, jnp.float64))
+        params = jnp.ones(2, jnp.float32)
+        state = mesa.update(mesa.init(params), 5 * params)
+        assert state.average.dtype == jnp.float32
+        np.testing.assert_array_equal(state.average, 2)
