@@ -193,7 +193,10 @@ def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
 
 def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
     del plain
-    return squared_norm(scale(rescue, leaves))
+    # A leaf can be constant when the step is compiled, such as the zeros of a parameter
+    # that the loss does not use. Without the barrier, XLA would then compute
+    # (rescue · rescue) · (leaf · leaf), which is inf · 0.
+    return squared_norm(scale(rescue, _afresh(leaves)))
 
 
 def _of_one_width(leaves: list[Any]) -> list[Any]:

@@ -226,6 +226,23 @@ def test_the_norm_of_a_leaf_in_half_precision():
     np.testing.assert_array_equal(u["b"], 0)
 
 
+@pytest.mark.parametrize(
+    ("make", "scale"), [(ascents.normalize_by_leaf_norm, 1.0), (ascents.sam, 1e-30)]
+)
+def test_a_leaf_that_the_loss_does_not_use_stays_where_it_is(make, scale):
+    """Its gradient is a constant when the step is compiled."""
+    tx = make()
+
+    @jax.jit
+    def unit_of_gradient(w):
+        g = jax.grad(lambda w: scale * jnp.sum(w["used"] ** 2))(w)
+        return tx.update(g, tx.init(w), w)[0]
+
+    u = unit_of_gradient({"used": jnp.array([3.0, 4.0]), "unused": jnp.ones(2)})
+    np.testing.assert_array_equal(u["unused"], 0)
+    np.testing.assert_allclose(u["used"] / u["used"][0], [1, 4 / 3], rtol=1e-5)
+
+
 def test_a_leaf_of_zeros_has_derivatives():
     tx = optax.chain(ascents.normalize_by_leaf_norm(), ascents.scale_by_leaf_norm())
 

@@ -29,6 +29,18 @@ BAD = {
         lambda: sharpness.surrogate_gap(lambda w, x: lose(w, x) * 1j, W, X, rho=1),
         "real number, got complex",
     ),
+    "a loss of text": (
+        lambda: sharpness.gradient_norm(lambda w, x: "low", W, X),
+        "must return a scalar.*it returned low",
+    ),
+    "a loss in a list": (
+        lambda: sharpness.gradient_norm(lambda w, x: [lose(w, x)], W, X),
+        "it returned 1 values",
+    ),
+    "a loss of bools": (
+        lambda: sharpness.surrogate_gap(lambda w, x: lose(w, x) > 0, W, X, rho=1),
+        "must return a real number, got bool",
+    ),
     "integer loss": (
         lambda: sharpness.surrogate_gap(lambda w, x: 3, W, X, rho=1),
         "must return a scalar",
@@ -191,6 +203,25 @@ def test_bad_input_says_what_was_expected(case):
     call, message = BAD[case]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize("loss", [3.0, np.float64(3), np.float32(3)], ids=str)
+def test_a_constant_loss_may_be_a_plain_number(loss):
+    gap = sharpness.surrogate_gap(lambda w, x: loss, W, X, rho=0.1)
+    assert (float(gap.loss), float(gap.sharpness)) == (3, 0)
+    np.testing.assert_array_equal(gap.perturbation, 0)
+
+
+@pytest.mark.parametrize("w", [1, True, np.int32(1), "one", None])
+def test_a_root_that_is_no_parameter(w):
+    with pytest.raises((TypeError, ValueError), match=r"params(\.| is| holds)"):
+        sharpness.gradient_norm(lose, w, X)
+
+
+@pytest.mark.parametrize("w", [2.0, np.float64(2), np.float32(2)])
+def test_a_root_that_is_a_number(w):
+    norm = sharpness.gradient_norm(lambda w, x: w**2 * x.mean(), w, X)
+    assert float(norm) == 4
 
 
 def test_streamed_batches_must_be_alike():
