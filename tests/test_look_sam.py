@@ -102,6 +102,16 @@ def test_the_defaults_are_those_of_the_paper():
     assert np.all(first != between[0])
 
 
+@pytest.mark.usefixtures("double_precision")
+def test_sam_every_k_keeps_no_direction():
+    w, visited = W, []
+    for t in range(5):
+        g = H @ w
+        w = w - 0.1 * (H @ (w + 0.3 * unit(g)) if t % 3 == 0 else g)
+        visited.append(w)
+    assert_same(descend(sam_optax.sam_every_k(0.3, 3), steps=5), np.stack(visited))
+
+
 # --- A direction that is only rounding.
 
 
