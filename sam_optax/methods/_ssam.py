@@ -528,6 +528,7 @@ def ssam(
          once. Theirs renews it at the end of the step, and so perturbs nothing on the
          first one.
       3. The share that SSAM-D exchanges is constant unless drop is a schedule.
+      4. No epsilon is added to the norm. Theirs is 1e-7.
 
     Cost: 2 gradients a step; a tree of bools is carried. A refresh takes two passes
     over the gradient for each bit of an entry. With score="fisher", it also takes the
