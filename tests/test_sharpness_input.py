@@ -63,6 +63,14 @@ BAD = {
         lambda: sharpness.stream(iter([X])),
         "must be a sequence.*reads the data many times.*list_iterator",
     ),
+    "a set, which has no order": (
+        lambda: sharpness.stream({1, 2}),
+        "must be a sequence.*got set",
+    ),
+    "a function of the index, without a length": (
+        lambda: sharpness.stream(type("F", (), {"__getitem__": lambda s, i: X})()),
+        "must be a sequence.*got F",
+    ),
     "an empty batch": (lambda: sharpness.stream([X[:0]]), "data are empty"),
     "batches and batch_size": (
         lambda: sharpness.hessian(lose, W, sharpness.stream([X]), batch_size=2),
