@@ -131,6 +131,9 @@ def test_what_cannot_be_compared_shows_no_difference():
     assert first_difference(object(), object()) is None
     assert first_difference(Uncomparable(), Uncomparable()) is None
     assert first_difference({1, 2}, {1, 3}) is not None
+    assert first_difference(jax.random.key(1), jax.random.key(1)) is None
+    for one, other in (({}, {"a": 1}), ({"a": 1}, {}), ([1], [1, 2]), ([1, 2], [1])):
+        assert first_difference(one, other) is not None
     assert first_difference("a", b"a") == "they: 'a' and b'a'"
 
 
@@ -235,6 +238,7 @@ def test_between_two_traces_nothing_is_known():
 
     @jax.jit
     def function(x):
+        assert may_be_same(np.float32(1.0), x) and may_be_same(x, np.float32(2.0))
         outer.append(x)
         return jax.lax.cond(x > 0, lambda y: _seen(x, y), lambda y: y, x)
 

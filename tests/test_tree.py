@@ -149,10 +149,12 @@ def test_the_mean_of_groups_takes_the_first_counter():
 
 
 def test_the_reciprocal_of_what_has_none():
-    values = jnp.array([0.0, 1e-40, 2.0, 3e38, jnp.inf, jnp.nan])
-    inverses = [float(_tree.reciprocal_or_zero(value)) for value in values]
     tiny = float(np.finfo(np.float32).tiny)
-    np.testing.assert_allclose(inverses, [0, 0, 0.5, 4 * tiny, np.nan, np.nan])
+    values = jnp.array([0.0, 1e-40, tiny, 2.0, 3e38, jnp.inf, jnp.nan])
+    inverses = [float(_tree.reciprocal_or_zero(value)) for value in values]
+    np.testing.assert_allclose(
+        inverses, [0, 0, 1 / tiny, 0.5, 4 * tiny, np.nan, np.nan]
+    )
 
 
 def test_arithmetic_keeps_the_dtype_of_the_first_tree():
