@@ -466,9 +466,9 @@ def ssam(
       dynamic: False (default) is SSAM-F, which keeps the entries with the largest
         score. True is SSAM-D, which exchanges entries with a small gradient for random
         ones.
-      score: what SSAM-F ranks entries by. "fisher" is the score of the paper: the mean
-        over examples of the squared gradient of one example. The update needs it as the
-        extra argument `fisher=`; see `ascents.keep_largest_fisher`. Default
+      score: what SSAM-F ranks entries by. "fisher" is the score of the authors: the
+        mean over examples of the squared gradient of one example. The update needs it
+        as the extra argument `fisher=`; see `ascents.keep_largest_fisher`. Default
         "squared_batch_gradient": the square of g on the step of a refresh, which costs
         no gradient and needs no argument, but is a poor stand-in; see
         `ascents.keep_largest_gradient`.
