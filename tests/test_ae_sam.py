@@ -211,3 +211,12 @@ def test_the_mean_is_kept_in_float32():
             state.squared_norm_variance, 0.5 * (500 * size**2) ** 2, rtol=1e-6
         )
         assert state.squared_norm_mean.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("make", [cadences.when_steep, sam_optax.ae_look_sam])
+def test_numbers_that_cannot_be_say_so(make):
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="decay must be >= 0 and < 1"):
+            make(threshold=0.0, decay=decay)
+    with pytest.raises(ValueError, match="threshold must be finite"):
+        make(threshold=np.nan)
