@@ -220,3 +220,9 @@ def test_numbers_that_cannot_be_say_so(make):
             make(threshold=0.0, decay=decay)
     with pytest.raises(ValueError, match="threshold must be finite"):
         make(threshold=np.nan)
+
+
+def test_the_standard_deviation_starts_at_the_authors_value():
+    state = cadences.when_steep(0.0).init(None)
+    np.testing.assert_allclose(state.squared_norm_variance, np.exp(-10) ** 2, rtol=1e-5)
+    assert (state.cadence_step, state.squared_norm_mean) == (0, 0)
