@@ -115,6 +115,23 @@ def test_one_ascent_step_by_step(norm, adaptive):
     assert float(gap.sharpness) == pytest.approx(rise, rel=1e-10)
 
 
+def test_the_radius_may_be_traced_and_the_ball_is_plain_by_default():
+    w, ones = jnp.array([0.4, -1.5]), jnp.ones(1)
+    for measure in (
+        sharpness.surrogate_gap,
+        functools.partial(sharpness.worst_case, steps=2),
+        functools.partial(sharpness.average_case, samples=3),
+    ):
+        traced = jax.jit(lambda rho, m=measure: m(hills, w, ones, rho=rho))(0.3)
+        plain = measure(hills, w, ones, rho=0.3, adaptive=False, batch_size=None)
+        assert_trees_close(traced, plain, rtol=1e-12)
+    worst = sharpness.worst_case(hills, w, ones, rho=0.3)
+    explicit = sharpness.worst_case(
+        hills, w, ones, rho=0.3, steps=20, restarts=2, step_size=1.0, norm="l2", key=0
+    )
+    assert_trees_close(worst, explicit)
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_random_starts_fill_the_ball(norm):
     """Steps of size 0 leave the second start where it was drawn."""

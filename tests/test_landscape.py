@@ -41,8 +41,15 @@ def test_the_two_axes_of_a_plane_may_differ_in_dtype(narrow):
     xs, ys = np.array([0.5, 2.0], narrow), np.array([0.1, 1 / 3])
     with jax.numpy_dtype_promotion("strict"):
         surface, turned = (
-            sharpness.over_plane(lambda w, x: (x @ w**2).mean(), w, x, directions, *xy)
-            for xy in ((xs, ys), (ys, xs))
+            sharpness.over_plane(
+                loss_fn=lambda w, x: (x @ w**2).mean(),
+                params=w,
+                data=x,
+                directions=directions,
+                xs=x_values,
+                ys=y_values,
+            )
+            for x_values, y_values in ((xs, ys), (ys, xs))
         )
     expected = xs.astype(np.float64) ** 2 + ys[:, None] ** 2
     np.testing.assert_allclose(surface.losses, expected, rtol=1e-15)
@@ -88,6 +95,22 @@ def test_a_line_has_the_losses_of_its_points_in_its_dtype():
     line = sharpness.along_line(loss, w, np.ones(3, np.float32), v, np.float16([0.5]))
     assert line.losses.dtype == jnp.float32
     np.testing.assert_allclose(line.losses, [3.75])
+
+
+def test_half_precision_solutions_are_subtracted_in_float32():
+    start, end = jnp.float16(2048), jnp.float16(0.25)
+    line = sharpness.interpolate(
+        lambda w, x: w * x.mean(), start, end, jnp.ones(2, jnp.float32), [0.0, 1.0]
+    )
+    np.testing.assert_array_equal(line.losses, [2048, 0.25])
+
+
+def test_directions_have_the_key_zero_by_default():
+    params, _ = network()
+    for draw in (sharpness.random_direction, sharpness.filter_normalized_direction):
+        assert_trees_close(draw(params), draw(params, key=0))
+        other = draw(params, key=1)["a"]
+        assert np.any(draw(params)["a"] != other)
 
 
 def test_the_steepest_direction_at_a_stationary_point_is_zero():

@@ -124,6 +124,18 @@ BAD = {
         lambda: sharpness.surrogate_gap(lose, W, X, rho=lambda step: 0.1),
         "no step for a schedule",
     ),
+    "rho is a bool": (
+        lambda: sharpness.surrogate_gap(lose, W, X, rho=True),
+        "rho must be a number.*got True",
+    ),
+    "step_size < 0": (
+        lambda: sharpness.worst_case(lose, W, X, rho=0.1, step_size=-1.0),
+        "step_size must be >= 0 and finite, got -1.0",
+    ),
+    "an end that is not finite": (
+        lambda: sharpness.interpolate(lose, W, W * np.nan, X, [0.5]),
+        "end is not finite",
+    ),
     "unknown norm": (
         lambda: sharpness.worst_case(lose, W, X, rho=0.1, norm="l1"),
         'norm must be "l2" or "linf", got \'l1\'',
@@ -185,7 +197,7 @@ BAD = {
     ),
     "direction of another shape": (
         lambda: sharpness.along_line(lose, W, X, np.ones(3), [0.0]),
-        "direction must have the structure and shapes",
+        r"direction must have the structure and shapes of the parameters, \(2,\), got",
     ),
     "one direction": (
         lambda: sharpness.over_plane(lose, W, X, [W], [0.0], [0.0]),

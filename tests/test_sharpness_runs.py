@@ -241,6 +241,37 @@ def test_a_named_tuple_is_one_argument():
     assert sharpness.gradient_norm(loss, 1.0, sharpness.stream([batch, batch])) == 1
 
 
+T = np.array([0.0, 1.0])
+MEASURES = {
+    "surrogate_gap": lambda loss, w: sharpness.surrogate_gap(loss, w, X, rho=0.1),
+    "worst_case": lambda loss, w: sharpness.worst_case(loss, w, X, rho=0.1, steps=2),
+    "average_case": lambda loss, w: sharpness.average_case(loss, w, X, rho=0.1),
+    "fisher_trace": lambda loss, w: sharpness.fisher_trace(loss, w, X),
+    "eigenpairs": lambda loss, w: sharpness.eigenpairs(sharpness.hessian(loss, w, X)),
+    "trace": lambda loss, w: sharpness.trace(sharpness.hessian(loss, w, X)),
+    "density": lambda loss, w: sharpness.spectral_density(
+        sharpness.empirical_fisher(loss, w, X)
+    ),
+    "line": lambda loss, w: sharpness.along_line(loss, w, X, W, T),
+    "plane": lambda loss, w: sharpness.over_plane(loss, w, X, (W, W), T, T),
+    "direction": lambda loss, w: sharpness.gradient_direction(loss, w, X),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_measure_traces_the_loss_again_for_another_solution(name):
+    traces = []
+
+    def loss(w, x):
+        traces.append(1)
+        return jnp.mean((x @ w) ** 4)
+
+    MEASURES[name](loss, W)
+    first = len(traces)
+    MEASURES[name](loss, 2 * W)
+    assert len(traces) == first > 0
+
+
 def test_a_measure_is_compiled_once_for_many_solutions():
     params, data = network()
     traces = []
