@@ -326,8 +326,8 @@ def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize
     # A corner with huge losses, or a loss of exactly zero, must not stretch the scale
     # until the minima cannot be told apart.
     smallest = [x[x > 0].min() for x in known if np.any(x > 0)]
-    limit = max((min(x, 1.0) for x in smallest), default=1.0)
-    highest = min(highest, 1e3 * max(limit, min(smallest, default=1.0)))
+    limit = max(min(x, 1.0) for x in smallest)
+    highest = min(highest, 1e3 * max(limit, min(smallest)))
     lowest = max(lowest, 1e-6 * highest)
     edges = np.geomspace(lowest, max(highest, 1.001 * lowest), count + 1)
     return edges, LogNorm(edges[0], edges[-1])

@@ -170,6 +170,11 @@ def test_surfaces_share_their_colours_and_say_which_is_which():
     assert [ax.get_title() for ax in axes] == ["SAM", "SGD", "more", "last"]
     levels = [ax.collections[0].levels for ax in axes]
     np.testing.assert_array_equal(levels[0], levels[1])
+    norms = [ax.collections[0].norm for ax in axes]
+    assert all(isinstance(norm, matplotlib.colors.LogNorm) for norm in norms)
+    for ax in axes:
+        (cross,) = ax.get_lines()
+        assert cross.get_xydata().tolist() == [[0, 0]]
     assert levels[0][0] == pytest.approx(0.01)
     assert levels[0][-1] == pytest.approx(5 * 2.01)
     assert axes[0].get_xlim() == (-1, 1)
