@@ -235,6 +235,30 @@ def test_the_trace_of_one_off_diagonal_entry():
     assert len({float(other.mean) for other in others}) > 1
 
 
+def test_random_measures_have_the_key_zero_by_default():
+    A = diagonal(np.arange(1.0, 10.0) ** 3, jnp.ones(9))
+    noise = {"samples": 3, "rho": 0.1}
+    measures = [
+        lambda **key: sharpness.eigenpairs(A, num_matvecs=3, **key).values,
+        lambda **key: sharpness.spectral_density(A, num_matvecs=3, **key).nodes,
+        lambda **key: (
+            sharpness.average_case(
+                lambda w, x: jnp.sum(w**2) * x.mean(),
+                jnp.ones(9),
+                jnp.ones(1),
+                **noise,
+                **key,
+            ).mean
+        ),
+    ]
+    for measure in measures:
+        np.testing.assert_array_equal(measure(), measure(key=0))
+        assert np.any(measure() != measure(key=1))
+    H = matrix("hessian")
+    assert sharpness.trace(H).mean == sharpness.trace(H, key=0).mean
+    assert sharpness.trace(H).mean != sharpness.trace(H, key=1).mean
+
+
 def test_a_density_is_the_mean_over_vectors_of_weighted_gaussians():
     nodes, weights = (
         np.array([[0.0, 2.0], [1.0, -1.0]]),
