@@ -1,5 +1,6 @@
 """The direction of p-norm one: its values, ties, zeros, scale, dtypes and slopes."""
 
+import fractions
 import functools
 
 import jax
@@ -136,3 +137,16 @@ def test_rho_below_zero_says_so():
     for build in (ascents.scale_by_rho, ascents.sam, sam_optax.usam):
         with pytest.raises(ValueError, match="rho must be >= 0"):
             build(-0.1)
+
+
+def test_an_order_may_be_any_real_number():
+    for p, same in ((fractions.Fraction(3, 2), 1.5), (np.float32(3), 3), (2.0, 2)):
+        np.testing.assert_array_equal(
+            flat(direction(TREE, p)), flat(direction(TREE, same))
+        )
+
+
+def test_a_schedule_that_returns_a_radius_below_zero_says_so():
+    tx, w = ascents.scale_by_rho(lambda t: -0.1), jnp.ones(2)
+    with pytest.raises(ValueError, match="rho must be >= 0"):
+        tx.update(w, tx.init(w))
