@@ -572,8 +572,13 @@ def test_a_fisher_that_is_missing_or_wrong(options, fisher, message):
     [
         ({"score": "gradient"}, "score must be"),
         ({"score": "fisher", "dynamic": True}, "no use for score"),
+        ({"dynamic": True, "drop": 1.1}, "drop must be >= 0 and <= 1, got 1.1"),
+        ({"dynamic": True, "drop": -0.1}, "drop must be >= 0 and <= 1"),
+        ({"sparsity": 1.0}, "sparsity must be >= 0 and < 1"),
+        ({"sparsity": -0.1}, "sparsity must be >= 0 and < 1"),
+        ({"refresh_every": 0}, "refresh_every must be an integer"),
     ],
 )
-def test_scores_that_there_are_not(options, message):
+def test_arguments_that_make_no_method(options, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.ssam(**options)
