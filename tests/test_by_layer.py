@@ -164,12 +164,32 @@ def test_the_state_of_labels_goes_through_scan_and_bytes():
     assert_trees_equal(restored, carry[1])
 
 
+def test_a_tree_of_labels_may_be_callable():
+    """As a module of Equinox is; it is not called."""
+
+    class Module(dict):
+        def __call__(self, params):
+            raise AssertionError("labels of this kind are not to be called")
+
+    jax.tree_util.register_pytree_node(
+        Module,
+        lambda m: (tuple(m.values()), tuple(m)),
+        lambda keys, values: Module(zip(keys, values, strict=True)),
+    )
+    w = Module(split(W))
+    parts = {"body": ascents.sam(0.1), "head": ascents.sam(0.3)}
+    moved = perturbation_of(ascents.by_label(parts, Module(LABELS)), w, w)
+    assert float(jnp.abs(moved["y"][0])) == pytest.approx(0.3, rel=1e-5)
+
+
 def test_a_label_without_an_ascent():
     ascent = ascents.by_label({"body": ascents.sam()}, LABELS)
     with pytest.raises(ValueError, match=r"'head' at params\['y'\] has no ascent.*bod"):
         ascent.init(split(W))
     with pytest.raises(ValueError, match="by_label needs the parameters"):
         by_label(ascents.sam(), ascents.sam()).update(split(W), None)
+    with pytest.raises(ValueError, match="scale_by_leaf_norm needs the parameters"):
+        ascents.scale_by_leaf_norm().update(split(W), None)
 
 
 # --- A norm and a scale for each leaf.
