@@ -152,6 +152,10 @@ BAD = {
         lambda: sharpness.hessian(lose, {"a": np.ones(2, int)}, X),
         "\\['a'\\] is int.*only real floating-point",
     ),
+    "integer parameters of a Fisher trace": (
+        lambda: sharpness.fisher_trace(lose, np.ones(2, int), X),
+        "is int.*only real floating-point",
+    ),
     "no parameters": (lambda: sharpness.hessian(lose, {}, X), "holds no numbers"),
     "too many eigenvalues": (
         lambda: sharpness.eigenpairs(sharpness.hessian(lose, W, X), 3),
@@ -242,6 +246,19 @@ def test_a_root_that_is_no_parameter(w):
 def test_a_root_that_is_a_number(w):
     norm = sharpness.gradient_norm(lambda w, x: w**2 * x.mean(), w, X)
     assert float(norm) == 4
+
+
+@pytest.mark.parametrize("name", ["gradient_norm", "fisher_trace"])
+def test_measures_take_their_arguments_by_name(name):
+    measure = getattr(sharpness, name)
+    whole = measure(loss_fn=lose, params=W, data=X, batch_size=2)
+    assert float(whole) == pytest.approx(float(measure(lose, W, X)))
+
+
+def test_a_matrix_is_equal_to_itself_alone():
+    one, other = sharpness.hessian(lose, W, X), sharpness.hessian(lose, W, X)
+    assert one == one and one != other
+    assert len({one, other}) == 2
 
 
 def test_streamed_batches_must_be_alike():
