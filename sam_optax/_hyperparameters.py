@@ -31,11 +31,13 @@ def nan_if_negative(value: Any) -> Any:
     """A traced value, with NaN in the place of what must not be negative.
 
     The value is known only when the program runs, where nothing can be raised. NaN
-    makes d NaN, which is seen; a negative radius would descend without a word.
+    makes d NaN, which is seen; a negative radius would descend without a word. What is
+    only rounding error counts as zero: under jit, a linear schedule that ends at 0 can
+    end at -1e-7.
     """
     if not isinstance(value, jax.Array):
         return value
-    return jnp.where(value < 0, jnp.nan, value)
+    return jnp.where(value < -1e-6, jnp.nan, jnp.maximum(value, 0))
 
 
 class ScheduledState(NamedTuple):

@@ -34,18 +34,25 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
             "values. Build it outside of jit, or from shapes and names only."
         )
     _check_leaves(tree, params)
-    return jax.tree.map(
-        lambda keep, subtree: jax.tree.map(lambda _: bool(keep), subtree), tree, params
-    )
+    try:
+        return jax.tree.map(
+            lambda keep, subtree: jax.tree.map(lambda _: bool(keep), subtree),
+            tree,
+            params,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "The mask must be built as the parameters are, or as a prefix of them: of "
+            "the same containers (a dict is not a FrozenDict), with an entry for each "
+            "part, empty ones too."
+        ) from error
 
 
 def _check_leaves(tree: Any, params: Any) -> None:
     """Refuses a tree that is not one of bools, or does not fit the parameters."""
     entries = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in entries:
-        is_array = isinstance(leaf, (np.ndarray, jax.Array))
-        is_scalar = is_array and leaf.shape == () and leaf.dtype == jnp.bool_
-        if not isinstance(leaf, (bool, np.bool_)) and not is_scalar:
+        if not _is_bool(leaf):
             raise TypeError(
                 "A mask chooses whole arrays, so each of its leaves must be True or "
                 f"False; mask{jax.tree_util.keystr(path)} is {leaf!r}."
@@ -71,12 +78,18 @@ def _check_leaves(tree: Any, params: Any) -> None:
 
 def _is_empty(node: Any) -> bool:
     """Whether a place of the parameters holds no array, of which a mask may speak."""
-    return node is None or isinstance(node, optax.MaskedNode)
+    return not jax.tree.leaves(node)
 
 
 def _is_function(mask: Mask) -> bool:
     """Whether a mask is a function; a tree of bools may be callable too (Equinox)."""
-    return all(callable(leaf) for leaf in jax.tree.leaves(mask)) and callable(mask)
+    return callable(mask) and not all(map(_is_bool, jax.tree.leaves(mask)))
+
+
+def _is_bool(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, jax.Array)):
+        return leaf.shape == () and leaf.dtype == jnp.bool_
+    return isinstance(leaf, (bool, np.bool_))
 
 
 def restrict(

@@ -145,9 +145,10 @@ def test_a_moved_name_says_where_it_is():
 # --- Devices: what types say of a loss under `shard_map`.
 
 
-def trained_on_four_devices(loss_fn, **options):
+def trained_on_four_devices(loss_fn, axes=("data",), **options):
     """w after one step of SGD, from w = 1 and 2 (one example per device)."""
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    shape = (4, 1)[: len(axes)]
+    mesh = jax.make_mesh(shape, axes, devices=jax.devices()[:4])
     sam = sam_optax.sam(rho=0.1)
     tx = optax.chain(sam, optax.sgd(0.1))
     helper = sam_optax.sam_value_and_grad(loss_fn, sam, **options)
@@ -228,9 +229,11 @@ def test_a_loss_averaged_over_the_axis_twice_is_refused():
         trained_on_four_devices(averaged_loss, axis_name="data")
 
 
-def test_a_loss_that_is_not_averaged_over_the_axis_is_refused():
+@pytest.mark.parametrize("options", [{}, {"axis_name": "model"}])
+def test_a_loss_that_is_not_averaged_over_the_axis_is_refused(options):
+    axes = ("data", "model")[: 1 + len(options)]
     with pytest.raises(ValueError, match=r"differs along the axis 'data'.*axis_name="):
-        trained_on_four_devices(own_loss)
+        trained_on_four_devices(own_loss, axes, **options)
 
 
 # --- What the guard looks at.

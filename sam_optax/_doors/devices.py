@@ -127,8 +127,9 @@ def check_loss_is_averaged(loss: jax.Array, params: optax.Params) -> None:
         raise ValueError(
             f"The loss differs along the axis {min(summed)!r} of a shard_map, and the "
             "parameters do not: JAX would sum their gradients over it. Pass "
-            f"axis_name={min(summed)!r}; or return from loss_fn what is equal on all "
-            "devices, such as jax.lax.pmean of the loss."
+            f"axis_name={min(summed)!r}, too if you pass another one; or return from "
+            "loss_fn what is equal on all devices: jax.lax.pmean of the loss, or "
+            "jax.lax.psum of each device's share of it."
         )
 
 

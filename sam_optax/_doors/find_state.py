@@ -83,13 +83,16 @@ _WRAPPERS = {
 
 
 def _check_first(state: Any) -> None:
-    """Refuses what comes before SAM in an `optax.chain`, whose state is a tuple."""
+    """Refuses an optimizer before SAM in its `optax.chain`, whose state is a tuple.
+
+    What has no state, such as clipping, may be there: it acts on d, as after SAM.
+    """
     if not isinstance(state, tuple) or _is_sam_state(state):
         return
     for position, member in enumerate(state):
-        if not _holds_sam(member):
-            continue
-        if position > 0 and _is_of_chain(state):
+        is_sam = _is_sam_state(member) or _is_injected(member)
+        before = state[:position] if type(state) is tuple else ()
+        if is_sam and jax.tree.leaves(before):
             raise ValueError(
                 "The SAM transformation must come first in its chain, and another one "
                 "comes before it. That one would act on the gradient that the "
@@ -97,13 +100,6 @@ def _check_first(state: Any) -> None:
                 "optimizer as optax.chain(sam, ...)."
             )
         _check_first(member)
-
-
-def _is_of_chain(state: Any) -> bool:
-    """Whether a plain tuple holds nothing but states of transformations."""
-    return type(state) is tuple and all(
-        hasattr(member, "_fields") or _is_of_chain(member) for member in state
-    )
 
 
 def _holds_sam(node: Any) -> bool:

@@ -189,7 +189,7 @@ def sam_value_and_grad(
         d, next_state = update(g, state, params, **(extra_args or {}), **own_args)
         return value, SharpnessAwareGradients(
             d,
-            axes=made_by[0],
+            recipe=made_by[0],
             before=sam_state_of(state),
             state=sam_state_of(next_state),
             report=slot and slot.value,
@@ -298,8 +298,7 @@ def _make_first_pass(
         else:
             choice, per_group = grouping.choose(rule, batch, params)
         seen = choice.seen
-        if not grouping_options.get("axis_name"):
-            check_loss_is_averaged(seen.loss, params)
+        check_loss_is_averaged(seen.loss, params)
         extra_args: dict[str, Any] = {"grad_fn": choice}
         if per_group is not None:
             extra_args["per_group"] = per_group
@@ -313,10 +312,11 @@ def _check_is_loss(loss_fn: Any) -> None:
     """Refuses a gradient in the place of a loss: its mean would pass for one."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
+    function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
     # JAX writes so in the docstrings of what jax.grad and jax.value_and_grad return.
-    words = getattr(loss_fn, "__doc__", None) or ""
+    words = str(getattr(function, "__doc__", None))
     is_gradient = words.startswith(("Gradient of ", "Value and gradient of "))
-    if is_gradient and "with respect to positional argument" in words:
+    if is_gradient and "with respect to positional argument(s) 0." in words:
         raise TypeError(
             "loss_fn is a gradient, made by jax.grad or jax.value_and_grad. Pass the "
             "loss itself; the gradients are taken here."

@@ -10,14 +10,16 @@ from jax.extend import core as jax_core
 
 from sam_optax import _tree
 from sam_optax._step.report import Report
-from sam_optax._step.sameness import Axes, first_difference, may_be_same
+from sam_optax._step.sameness import HandedOut, Recipe, first_difference
+
+_handed_out = HandedOut()
 
 
 class _Cargo:
     """What the gradients of one step carry. Equal to itself only, never a pytree leaf.
 
     Attributes:
-      axes: what the transformation was built from that made the gradients.
+      recipe: of the transformation that made the gradients.
       before: the SAM state that it was given.
       state: the next SAM state.
       report: a `Report`, or None.
@@ -26,9 +28,14 @@ class _Cargo:
     """
 
     def __init__(
-        self, axes: Axes, before: Any, state: Any, report: Report | None, was_traced
+        self, recipe: Recipe, before: Any, state: Any, report: Report | None, was_traced
     ):
-        self.axes, self.before, self.state, self.report = axes, before, state, report
+        self.recipe, self.before, self.state, self.report = (
+            recipe,
+            before,
+            state,
+            report,
+        )
         self.was_traced = was_traced
         self.trace = current_traces()[0]
 
@@ -58,13 +65,13 @@ class SharpnessAwareGradients:
         self,
         gradients: optax.Updates,
         *,
-        axes: Axes,
+        recipe: Recipe,
         before: Any,
         state: Any,
         report: Report | None = None,
     ):
         self.gradients = gradients
-        self._cargo = _Cargo(axes, before, state, report, is_traced(gradients))
+        self._cargo = _Cargo(recipe, before, state, report, is_traced(gradients))
 
     @property
     def report(self) -> Report | None:
@@ -96,14 +103,25 @@ class SharpnessAwareGradients:
         del key
         return False
 
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(
+            f"These gradients carry more than the tree: take grads.gradients[{key!r}]."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"SharpnessAwareGradients have no {name!r}. The tree of gradients itself "
+            "is grads.gradients."
+        )
+
     def __repr__(self) -> str:
         return f"SharpnessAwareGradients({self.gradients!r})"
 
-    def unpack(self, axes: Axes, state: Any) -> tuple[optax.Updates, Any]:
-        """(d, next SAM state), for a transformation of these axes in this state.
+    def unpack(self, recipe: Recipe, state: Any) -> tuple[optax.Updates, Any]:
+        """(d, next SAM state), for a transformation of this recipe in this state.
 
         Raises outside of the trace that computed them, for another transformation, and
-        for a state from which they do not carry on.
+        for another state than they were computed for.
         """
         cargo = self._cargo
         if not is_current(cargo.trace):
@@ -113,24 +131,32 @@ class SharpnessAwareGradients:
                 "next SAM state, so call both in the same jitted function; do not "
                 "return the gradients from one and pass them to another."
             )
-        difference = first_difference(cargo.axes, axes)
+        difference = first_difference(cargo.recipe, recipe)
         mismatch = _tree.mismatch(cargo.before, state)
         if difference or mismatch:
+            remedy = (
+                ". Pass the same object to sam_value_and_grad that starts the chain."
+            )
+            if any(word in str(difference) for word in ("traced value", "Array(")):
+                remedy += (
+                    " If optax.inject_hyperparams builds the whole chain, inject the "
+                    "SAM transformation by itself: sam = "
+                    "optax.inject_hyperparams(sam_optax.sam)(rho=0.05)."
+                )
             raise ValueError(
                 "These gradients were made by another SAM transformation than the one "
                 "that takes them in tx.update. The two differ in "
                 + (difference or f"their state, where {mismatch}")
-                + ". Pass the same object to sam_value_and_grad that starts the chain; "
-                "and where optax.inject_hyperparams builds the chain anew, inject the "
-                "SAM transformation by itself: sam = "
-                "optax.inject_hyperparams(sam_optax.sam)(rho=0.05)."
+                + remedy
             )
-        if not may_be_same(cargo.before, state):
+        if _handed_out.is_another(state, cargo.before):
             raise ValueError(
-                "These gradients carry on from another optimizer state than tx.update "
-                "was given. Pass the current state both as opt_state= and to "
-                "tx.update, and use the gradients of a step for one update only."
+                "These gradients were computed for another optimizer state than the "
+                "one that tx.update was given. Pass the current state both as "
+                "opt_state= and to tx.update, and use the gradients of a step for one "
+                "update only."
             )
+        _handed_out.add(cargo.state)
         return self.gradients, cargo.state
 
     def tree_flatten(self):
@@ -141,10 +167,10 @@ class SharpnessAwareGradients:
         if is_traced(children) and not cargo.was_traced:
             raise ValueError(
                 "These gradients were computed outside of a jitted function (or of "
-                "jax.vmap, jax.grad and the like) and handed to it. They bring the "
-                "next SAM state, which cannot enter with them. Call sam_value_and_grad "
-                "and tx.update in the same function; to look at the values alone, pass "
-                "grads.gradients."
+                "jax.lax.cond, jax.lax.scan, jax.vmap and the like) and handed to it. "
+                "They carry the next SAM state, which is not an argument of that "
+                "function. Call sam_value_and_grad and tx.update in the same function; "
+                "to pass on the values alone, pass grads.gradients."
             )
         gradients = object.__new__(cls)
         (gradients.gradients,) = children

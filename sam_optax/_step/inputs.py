@@ -1,6 +1,7 @@
 """What comes into a step: its examples as functions of a point, and its checks."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,39 +132,43 @@ def _is_method(part: Any) -> bool:
     return getattr(part.update, "__qualname__", "").startswith("sharpness_aware.")
 
 
-def check_ascends(ascent: optax.GradientTransformation) -> None:
-    """Refuses an ascent along which the loss falls, such as a base optimizer.
+def warn_if_descends(ascent: optax.GradientTransformation) -> None:
+    """Warns of an ascent along which the loss falls, such as a base optimizer.
 
-    It is tried on a small gradient and on its negative: ε must not point against both.
-    Noise does not, nor does what is zero at first. Our own ascents need not be tried,
-    and one that needs more than it is given here, such as parameters of a certain
+    It is tried on a few small gradients and their negatives: ε must not point against
+    both. Noise does not, nor does what is zero. Our own ascents need not be tried, and
+    one that needs more than it is given here, such as parameters of a certain
     structure, cannot be.
     """
-
     if isinstance(ascent, Ascent) and ascent.climb is not None:
         return
+    update = optax.with_extra_args_support(ascent).update
 
-    def overlap(g: jax.Array) -> jax.Array:
-        w = jnp.ones_like(g)
-        update = optax.with_extra_args_support(ascent).update
-        perturbation, _ = update(
-            g, ascent.init(w), w, grad_fn=lambda point: g, ascent_gradient=g
-        )
-        return _tree.dot(perturbation, g)
+    def overlaps(gradients: jax.Array) -> list[jax.Array]:
+        w = jnp.ones_like(gradients[0])
+        state, found = ascent.init(w), []
+        for g in gradients:
+            perturbation, state = update(
+                g, state, w, grad_fn=lambda point, g=g: g, ascent_gradient=g
+            )
+            found.append(_tree.dot(perturbation, g))
+        return found
 
-    g = np.ones(4, np.float32)
+    gradients = np.eye(3, dtype=np.float32)
     try:
         with jax.ensure_compile_time_eval():
-            falls = [bool(jax.jit(overlap)(sign * g) < 0) for sign in (1, -1)]
+            signs = [jax.jit(overlaps)(sign * gradients) for sign in (1, -1)]
+            falls = any(a < 0 and b < 0 for a, b in zip(*signs, strict=True))
     except Exception:
         return
-    if all(falls):
-        raise ValueError(
-            "The ascent points against the gradient, so the loss would fall along ε. "
-            "An optimizer is made to be added to the parameters as a descent: use "
-            "parts that keep the sign of the gradient, such as "
-            "optax.chain(sam_optax.ascents.normalize_by_global_norm(), "
-            "sam_optax.ascents.scale_by_rho(0.1)), or end yours by optax.scale(-1)."
+    if falls:
+        warnings.warn(
+            "The ascent points against the gradient, so the loss falls along ε. An "
+            "optimizer does so: its updates are made to be added to the parameters in "
+            "a descent. To ascend, use parts that keep the sign of the gradient, such "
+            "as optax.chain(sam_optax.ascents.normalize_by_global_norm(), "
+            "sam_optax.ascents.scale_by_rho(0.1)), or end yours by optax.scale(-1).",
+            stacklevel=3,
         )
 
 
@@ -243,9 +248,11 @@ def check_call(
         )
     taken = grad_fn.seen if isinstance(grad_fn, Choice) else None
     if taken is not None and not may_be_same(taken.gradient, updates):
-        raise ValueError(
-            "These gradients are not those that came with grad_fn=: something has "
-            "changed them, such as a transformation before SAM in the chain. SAM comes "
-            "first; what follows it, such as clipping, acts on the gradient to descend "
-            "on. What concerns the loss, such as its scale, belongs into loss_fn."
+        warnings.warn(
+            "The gradients are not those that came with grad_fn=: something has "
+            "changed them. If it is a transformation before SAM in the chain, put it "
+            "after SAM, where it acts on the gradient to descend on; before SAM, it "
+            "only acts on the one that the perturbation is made of. If gradients are "
+            "scaled, scale them after SAM, by optax.scale.",
+            stacklevel=3,
         )

@@ -1,6 +1,5 @@
 """`sharpness_aware`: one ascent, one descent and one cadence make a SAM method."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
@@ -16,15 +15,15 @@ from sam_optax._rounding import Rounding
 from sam_optax._step.carrier import SharpnessAwareGradients
 from sam_optax._step.inputs import (
     as_choice,
-    check_ascends,
     check_axes,
     check_call,
     check_is_whole,
+    warn_if_descends,
 )
 from sam_optax._step.parts import Cadence, every_step
 from sam_optax._step.path import Path
 from sam_optax._step.report import Report, report_of, report_without_ascent
-from sam_optax._step.sameness import Axes
+from sam_optax._step.sameness import Recipe
 
 
 class SharpnessAwareState(NamedTuple):
@@ -107,15 +106,19 @@ def sharpness_aware(
         traced; so under jit it receives tracers.
       - extra_args: forwarded to ascent and descent; unknown names are ignored.
 
-      `sam_value_and_grad` also passes a function maker=, which is called with what the
-      transformation was built from.
+      Another argument, maker=, is for `sam_value_and_grad`: it learns in this way which
+      transformation makes its gradients.
 
     Raises:
-      ValueError: from init, if the ascent points against the gradient, or if the
-        transformation is inside of `optax.masked` or `optax.partition`; from update, if
-        params or grad_fn is missing, or grad_fn returns something that is not a
-        gradient.
+      ValueError: from init, if the transformation is inside of `optax.masked` or
+        `optax.partition`; from update, if params or grad_fn is missing, or grad_fn
+        returns something that is not a gradient.
       TypeError: if ascent or descent is a whole SAM transformation.
+
+    Warns:
+      from init, if the ascent points against the gradient; from update, if parameters
+      that are perturbed have half precision, and if the gradients are not those that
+      came with a grad_fn of `value_and_ascent_grad`.
 
     Examples:
       SAM on f(w) = w², from w = 1: ε = 0.5, so d = 2 · 1.5 = 3.
@@ -133,7 +136,7 @@ def sharpness_aware(
     Cost: two gradients on a step that ascends, one on a step that does not.
     """
     check_axes(ascent, descent, cadence)
-    axes = Axes(ascent, descent, cadence, mask, guard, stochastic_rounding)
+    recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
     if mask is not None:
         ascent = restrict(ascent, mask)
     descent = optax.with_extra_args_support(
@@ -141,11 +144,13 @@ def sharpness_aware(
     )
     cadence = every_step() if cadence is None else cadence
     rounding = Rounding(stochastic_rounding)
-    try_ascent = functools.cache(lambda: check_ascends(axes.ascent))
+    was_tried: list[bool] = []
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         check_is_whole(params)
-        try_ascent()
+        if not was_tried:
+            was_tried.append(True)
+            warn_if_descends(recipe.ascent)
         return SharpnessAwareState(
             ascent_state=ascent.init(params),
             descent_state=descent.init(params),
@@ -162,11 +167,11 @@ def sharpness_aware(
         per_group: Callable[[Callable[..., Any]], Any] | None = None,
         ascend: bool | jax.Array | None = None,
         report: Callable[[Report], Any] | None = None,
-        maker: Callable[[Axes], Any] | None = None,
+        maker: Callable[[Recipe], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if isinstance(updates, SharpnessAwareGradients):
-            return updates.unpack(axes, state)
+            return updates.unpack(recipe, state)
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
         rounding.warn_of_lost_digits(params, mask)
@@ -223,7 +228,7 @@ def sharpness_aware(
         if report is not None:
             report(measured)
         if maker is not None:
-            maker(axes)
+            maker(recipe)
         return d, new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
