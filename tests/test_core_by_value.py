@@ -153,3 +153,51 @@ def test_rounding_draws_anew_on_each_step_and_for_each_leaf(steps):
         assert one.mean() == pytest.approx(1.002, abs=2.5e-4)
     for i, one in enumerate(seen):
         assert all(np.any(one != other) for other in seen[:i])
+
+
+def test_a_descent_receives_what_an_ascent_does():
+    """Its grad_fn is that of its own group, at the point that it asks for."""
+    seen = []
+
+    def look(updates, state, params, *, grad_fn, perturb, group, perturbation, **rest):
+        point = perturb(params, 2 * perturbation)
+        seen.append((group, grad_fn(point), rest["ascent_gradient"], rest["mine"]))
+        return updates, state
+
+    descent = optax.GradientTransformationExtraArgs(optax.init_empty_state, look)
+    sam = sam_optax.sharpness_aware(sam_optax.ascents.sam(0.5), descent=descent)
+
+    def grad_of(scale):
+        return lambda point: scale * point
+
+    def per_group(path):
+        results = [path(s * W, grad_of(s), i) for i, s in enumerate((1.0, 3.0))]
+        return jax.tree.map(lambda *x: sum(x) / 2, *results)
+
+    state = sam.init(W)
+    sam.update(2 * W, state, W, grad_fn=grad_of(2.0), per_group=per_group, mine="own")
+    # The last is the step from the means, by which a state would go on.
+    for (group, far, g, mine), (number, scale) in zip(
+        seen, ((0, 1.0), (1, 3.0), (None, 2.0)), strict=True
+    ):
+        assert group == number
+        assert mine == "own"
+        np.testing.assert_allclose(far, scale * W * 1.2, rtol=1e-6)
+        np.testing.assert_allclose(g, scale * W, rtol=1e-6)
+
+
+def test_parts_receive_at_least_single_precision():
+    seen = []
+
+    def look(updates, state, params=None, *, ascent_gradient, **rest):
+        seen.append((updates.dtype, ascent_gradient.dtype))
+        return updates, state
+
+    part = optax.GradientTransformationExtraArgs(optax.init_empty_state, look)
+    sam = sam_optax.sharpness_aware(part, descent=part, stochastic_rounding=0)
+    w = W.astype(jnp.bfloat16)
+    state = sam.init(w)
+    seen.clear()  # of what init tried
+    d, _ = sam.update(w, state, w, grad_fn=lambda point: point)
+    assert seen == [(jnp.float32, jnp.float32)] * 2
+    assert d.dtype == jnp.bfloat16
