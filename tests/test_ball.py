@@ -287,6 +287,7 @@ def test_zero_radius_has_zero_sharpness():
     assert rise.mean == pytest.approx(0, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_gaps_and_eigenvalue_at_a_trained_minimum_of_the_digits():
     """Lemma 3.3 of GSAM: σ ≈ 2h / ρ², with the h of the worst case."""
     images, labels = load_digits(return_X_y=True)

@@ -35,6 +35,7 @@ def test_every_setting_gives_the_numbers_of_one_device(setting, per_group, metho
     assert_like_one_device(replicas, per_group, methods)
 
 
+@pytest.mark.slow
 def test_every_method_gives_the_numbers_of_one_device():
     """Where groups are those of the devices, whose means come after the descent."""
     assert_like_one_device(table.SETTINGS["pmap"](REST, True), True, REST)

@@ -30,6 +30,7 @@ def test_covered():
 """
 
 
+@pytest.mark.slow
 def test_survivors_are_where_no_test_looks(tmp_path):
     (tmp_path / "toy").mkdir()
     module = tmp_path / "toy" / "__init__.py"

@@ -74,6 +74,7 @@ def test_examples_stay_on_the_devices_that_hold_them():
     assert collectives == {"all-reduce"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_parameters_spread_over_devices_have_the_same_sharpness(axis_type):
     params, data = network()

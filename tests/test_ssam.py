@@ -180,6 +180,7 @@ def test_the_parts_have_the_defaults_of_the_method():
         assert defaults(part).items() <= method.items()
 
 
+@pytest.mark.slow
 def test_the_method_passes_on_what_it_is_given():
     """Each kind of it, in two refreshes, against the ascent put together by hand."""
     gs, drop = gradients(5), lambda step: 0.5 - 0.1 * step
@@ -317,6 +318,7 @@ def test_no_more_gradients_are_in_memory_than_it_says():
     assert "f32[12,3,4]" not in str(jaxpr)
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_mean_losses_and_half_precision():
     w = jax.tree.map(lambda w: w.astype(jnp.bfloat16), W)
 
@@ -405,6 +407,7 @@ def test_fisher_is_only_computed_on_the_steps_of_a_refresh():
     assert counts == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_few_examples_choose_nearly_as_all_do_and_a_batch_does_not():
     """At the minimum, where the gradients of a batch are only noise.
 
@@ -526,6 +529,7 @@ def test_fisher_on_an_axis_of_devices(sync, check_vma):
     np.testing.assert_allclose(flat(d), np.mean(parts, axis=0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fisher_on_a_mesh_with_explicit_axes():
     """Parameters and examples are spread over one axis, and the mask as they are."""
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
