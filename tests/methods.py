@@ -189,7 +189,10 @@ TABLE = {
     "ae_sam": Row("ae_sam", "threshold decay", {"threshold": 0.0}, **SKIPS),
     "ae_look_sam": Row("ae_look_sam", "decay alpha", {"threshold": 0.0}, **SKIPS),
     "esam": Row("esam", "beta", radius=None, draws=True),
-    "esam_as_released": Row("esam", "beta", RELEASED, radius=None, draws=True),
+    # With the key 0, one of the first steps leaves out all tensors.
+    "esam_as_released": Row(
+        "esam", "beta", RELEASED | {"key": 1}, radius=None, draws=True
+    ),
     "ssam": Row("ssam", "", {"refresh_every": 2}, sparse_norm),
     "ssam_dynamic": Row(
         "ssam", "drop", {"dynamic": True, "refresh_every": 2}, sparse_norm, draws=True

@@ -150,7 +150,7 @@ def test_stochastic_rounding_draws_anew_on_every_step(kind):
     again, _, _ = step(params, state, problem.batch())
     assert_trees_equal(once, again)
     gaps = []
-    for _ in range(5):
+    for _ in range(40):
         later_key = state[0]._replace(rounding_key=after[0].rounding_key)
         anew, after, _ = step(params, (later_key, *state[1:]), problem.batch())
         gaps.append(norm(jax.tree.map(jnp.subtract, anew, once)))
