@@ -58,6 +58,15 @@ def test_has_aux_without_a_pair():
         )
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_has_aux_with_other_than_a_pair(count):
+    helper = sam_optax.value_and_ascent_grad(
+        lambda w: (jnp.sum(w),) * count, has_aux=True
+    )
+    with pytest.raises(TypeError, match=r"must return a pair \(loss, aux\)"):
+        helper(jnp.ones(2))
+
+
 def test_a_pair_without_has_aux():
     sam = sam_optax.sam()
     state, params = state_and_params(sam)
@@ -154,6 +163,7 @@ def test_a_learning_rate_that_is_no_schedule():
         ({"rho_max": -1.0}, "rho_max must be >= 0"),
         ({"rho_min": -1.0}, "rho_min must be >= 0"),
         ({"learning_rate_min": 0.1}, "learning_rate_max must be above"),
+        ({"learning_rate_min": 0.2}, "learning_rate_max must be above"),
     ],
 )
 def test_impossible_limits_of_a_schedule(limits, message):

@@ -10,6 +10,7 @@ import problem
 import sam_optax
 from lab import assert_trees_close, assert_trees_equal, gradient
 from methods import TABLE
+from sam_optax import _masks
 
 MASKS = {
     "prefix": {"a": False, "b": True},
@@ -135,3 +136,10 @@ def test_sam_inside_of_a_mask_or_partition_of_optax(wrap):
     part = params | {"b": optax.MaskedNode()}
     with pytest.raises(ValueError, match=r"optax.masked or optax.partition.*mask="):
         sam.update(part, sam.init(params), part, grad_fn=lambda p: p)
+
+
+def test_an_ascent_with_a_mask_needs_the_parameters():
+    ascent = _masks.restrict(sam_optax.ascents.sam(), {"a": True})
+    w = {"a": jnp.ones(2)}
+    with pytest.raises(ValueError, match="An ascent with a mask needs the parameters"):
+        ascent.update(w, ascent.init(w))
