@@ -18,6 +18,7 @@ from lab import (
     train,
 )
 from methods import TABLE
+from sam_optax._step.parts import climb
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -103,3 +104,28 @@ def test_look_sam_keeps_no_direction_of_a_bad_second_gradient():
     assert np.all(before.kept_direction != 0)
     assert_trees_equal(after.cadence_state.kept_direction, before.kept_direction)
     assert after.cadence_state.cadence_step == before.cadence_step + 1
+
+
+ASCENTS = sam_optax.ascents
+
+
+@pytest.mark.parametrize(
+    ("ascent", "knows"),
+    [
+        (ASCENTS.sam(), True),
+        (ASCENTS.asam(), True),
+        (ASCENTS.fsam(), True),
+        (ASCENTS.fasam(), True),
+        (ASCENTS.vasso(), True),
+        (ASCENTS.fisher_sam(), True),
+        (ASCENTS.sam(p=3), False),
+        (ASCENTS.usam(), False),
+        (optax.chain(ASCENTS.sam()), False),
+    ],
+)
+def test_a_norm_saves_the_guard_a_look_at_g(ascent, knows):
+    w = jnp.array([3.0, 4.0])
+    for g, is_finite in ((w, True), (w * jnp.inf, False), (w * jnp.nan, False)):
+        *_, found = climb(ascent, g, ascent.init(w), w, {"ascent_gradient": g})
+        assert (found is not None) == knows
+        assert not knows or bool(found) == is_finite

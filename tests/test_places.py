@@ -88,6 +88,9 @@ def test_sam_may_be_in_a_chain_of_chains_and_beside_other_states():
         optax.chain(optax.contrib.normalize(), optax.sgd(0.1)),
         optax.chain(sam_optax.ascents.sam(), optax.scale(-1.0)),
         sam_optax.ascents.ascend_repeatedly(optax.sgd(0.1), 2),
+        optax.chain(
+            sam_optax.ascents.scale_by_inverse_root_fisher(), optax.scale(-1.0)
+        ),
     ],
 )
 def test_an_ascent_that_descends_is_told(ascent):

@@ -65,7 +65,7 @@ DIFFERENT = {
     "functions of a mask": (
         sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > 1, p)),
         sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > 2, p)),
-        "mask",
+        "mask: <lambda> and <lambda>",
     ),
     "defaults": (
         sam(mask=keeps(True)),
