@@ -145,11 +145,11 @@ def test_a_moved_name_says_where_it_is():
 # --- Devices: what types say of a loss under `shard_map`.
 
 
-def trained_on_four_devices(loss_fn, axes=("data",), **options):
+def trained_on_four_devices(loss_fn, axes=("data",), make=sam_optax.sam, **options):
     """w after one step of SGD, from w = 1 and 2 (one example per device)."""
     shape = (4, 1)[: len(axes)]
     mesh = jax.make_mesh(shape, axes, devices=jax.devices()[:4])
-    sam = sam_optax.sam(rho=0.1)
+    sam = make(rho=0.1)
     tx = optax.chain(sam, optax.sgd(0.1))
     helper = sam_optax.sam_value_and_grad(loss_fn, sam, **options)
 
@@ -187,6 +187,23 @@ def test_a_loss_averaged_over_the_axis_once_is_right():
     for loss_fn, options in ((own_loss, {"axis_name": "data"}), (averaged_loss, {})):
         actual = trained_on_four_devices(loss_fn, **options)
         np.testing.assert_allclose(actual, w - 0.1 * d, rtol=1e-5)
+
+
+def test_gradients_on_the_way_are_those_of_all_devices():
+    """Without a norm, which would hide that they are four times as large."""
+
+    def make(rho):
+        ascents = sam_optax.ascents
+        return sam_optax.sharpness_aware(
+            ascents.ascend_repeatedly(ascents.usam(rho / 100), 2)
+        )
+
+    w, x = jnp.array([1.0, 2.0]), jnp.arange(8.0).reshape(4, 2)
+    sam = make(rho=0.1)
+    grad_fn = jax.grad(lambda w: own_loss(w, x))
+    d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+    actual = trained_on_four_devices(own_loss, make=make, axis_name="data")
+    np.testing.assert_allclose(actual, w - 0.1 * d, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ascends", [True, False])

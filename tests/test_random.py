@@ -107,6 +107,14 @@ def test_two_parts_of_one_key_draw_numbers_of_their_own():
         assert share == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(kept.size))
 
 
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_a_key_keeps_its_kind(kind):
+    stream = _random.key_stream(jax.random.key(3, impl=kind), "part")
+    key, later = stream.next(stream.start())
+    assert jax.random.key_impl(key) == kind
+    assert later.shape == stream.start().shape
+
+
 def test_two_kinds_of_parts_have_keys_of_their_own():
     names = ["replace_by_noise", "mask_at_random", "stochastic rounding"]
     streams = [_random.key_stream(7, name) for name in names]
