@@ -201,3 +201,28 @@ def test_parts_receive_at_least_single_precision():
     d, _ = sam.update(w, state, w, grad_fn=lambda point: point)
     assert seen == [(jnp.float32, jnp.float32)] * 2
     assert d.dtype == jnp.bfloat16
+
+
+def test_lists_of_devices_draw_numbers_of_their_own():
+    """Two lists are two groups, with the numbers 0 and 1."""
+    sam = sam_optax.random_sam(rho=1.0)
+    helper = sam_optax.sam_value_and_grad(
+        lambda w, x: jnp.sum(w**2) / 2 + 0 * jnp.sum(x),
+        sam,
+        axis_name="data",
+        axis_index_groups=[[0, 3], [1, 2]],
+    )
+
+    def step(x):
+        return helper(W, x, opt_state=sam.init(W))[1].gradients
+
+    mapped = jax.pmap(step, axis_name="data", devices=jax.devices()[:4])
+
+    def per_group(path):
+        results = [path(W, lambda point: point, index) for index in (0, 1)]
+        return jax.tree.map(lambda *x: sum(x) / 2, *results)
+
+    d, _ = sam.update(
+        W, sam.init(W), W, grad_fn=lambda point: point, per_group=per_group
+    )
+    np.testing.assert_allclose(mapped(jnp.ones((4, 1)))[2], d, rtol=1e-6)
