@@ -226,3 +226,20 @@ def test_lists_of_devices_draw_numbers_of_their_own():
         W, sam.init(W), W, grad_fn=lambda point: point, per_group=per_group
     )
     np.testing.assert_allclose(mapped(jnp.ones((4, 1)))[2], d, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lists", [[[0], [1]], [[0, 1, 2], [3, 4, 5]]])
+def test_lists_hold_as_many_devices_as_the_axis_has(lists):
+    sam = sam_optax.sam()
+    helper = sam_optax.sam_value_and_grad(
+        lambda w, x: jnp.sum(w * x), sam, axis_name="data", axis_index_groups=lists
+    )
+    mapped = jax.pmap(
+        lambda x: helper(W, x, opt_state=sam.init(W))[0],
+        axis_name="data",
+        devices=jax.devices()[:4],
+    )
+    with pytest.raises(
+        ValueError, match=f"it has 4, and the lists {2 * len(lists[0])}"
+    ):
+        mapped(jnp.ones((4, 2)))
