@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_number
+from sam_optax._parts import follow, following
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -49,13 +50,17 @@ class ScheduledState(NamedTuple):
 
 def scheduled(
     make_part: Callable[..., optax.GradientTransformation],
+    *,
+    follows_d: bool = False,
+    uses_gradient: bool = True,
     **hyperparameters: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds `make_part(**hyperparameters)`, evaluating callables at the current step.
 
     A part need only be written for numbers; with this function, each of them may also
     be a schedule. Step k uses the schedule's value at k, counted from 0. A part without
-    schedules carries no counter.
+    schedules carries no counter. The other two arguments say of an ascent what
+    `Ascent` says of it.
     """
     constants = {k: v for k, v in hyperparameters.items() if not callable(v)}
     schedules = {k: v for k, v in hyperparameters.items() if callable(v)}
@@ -86,7 +91,19 @@ def scheduled(
         )
         return updates, ScheduledState(optax.safe_increment(step), part_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    part = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if not follows_d and uses_gradient:
+        return part
+
+    def follow_fn(d: Any, state: Any, params: Any) -> Any:
+        # The update of this step has counted already.
+        part = part_at(state.schedule_step - 1)
+        followed = follow(part, d, state.scheduled_state, params)
+        return state._replace(scheduled_state=followed)
+
+    return following(
+        part, follow_fn if follows_d else None, uses_gradient=uses_gradient
+    )
 
 
 def rho_from_learning_rate(

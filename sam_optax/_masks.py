@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._checks import require_params
+from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
 
 Mask = Any  # a tree of bools, or a function of the parameters that returns one
 
@@ -92,9 +93,7 @@ def _is_bool(leaf: Any) -> bool:
     return isinstance(leaf, (bool, np.bool_))
 
 
-def restrict(
-    ascent: optax.GradientTransformation, mask: Mask
-) -> optax.GradientTransformationExtraArgs:
+def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
     """Runs an ascent on the leaves where mask is True, with ε = 0 on the others.
 
     Norms run over the perturbed leaves only, and state is carried for them only.
@@ -110,11 +109,23 @@ def restrict(
         state: Any = inner(lambda tree: resolve_mask(mask, tree)).init(params)
         return state.inner_state
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra
+    ):
         require_params(params, "An ascent with a mask")
         tree = resolve_mask(mask, params)
+        extra_args = dict(extra)
         if grad_fn is not None:
-            extra_args["grad_fn"] = _on_masked_params(grad_fn, tree, params)
+            extra_args["grad_fn"] = _on_masked_params(
+                grad_fn, tree, params, lambda g: _masked(tree, g)
+            )
+        if value_and_grad_fn is not None:
+            extra_args["value_and_grad_fn"] = _on_masked_params(
+                value_and_grad_fn,
+                tree,
+                params,
+                lambda there: (there[0], _masked(tree, there[1])),
+            )
         masked_state: Any
         perturbation, masked_state = inner(tree).update(
             updates, optax.MaskedState(state), params, **extra_args
@@ -127,20 +138,34 @@ def restrict(
         )
         return perturbation, masked_state.inner_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def follow_fn(d, state, params):
+        tree = resolve_mask(mask, params)
+        return follow(ascent, _masked(tree, d), state, _masked(tree, params))
+
+    return following(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        follow_fn if follows(ascent) else None,
+        uses_gradient=uses_gradient(ascent),
+    )
+
+
+def _masked(tree: Any, values: Any) -> Any:
+    """What `optax.masked` shows of values where the mask is `tree`."""
+    return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), tree, values)
 
 
 def _on_masked_params(
-    grad_fn: Callable[[Any], Any], tree: Any, params: Any
+    function: Callable[[Any], Any],
+    tree: Any,
+    params: Any,
+    mask_result: Callable[[Any], Any],
 ) -> Callable[[Any], Any]:
-    """A grad_fn for the masked ascent: the other leaves stay as they are in params."""
+    """For a masked ascent: a function of a point, the other leaves as in params."""
 
-    def masked_grad_fn(masked_params):
+    def masked_function(masked_params):
         point = jax.tree.map(
             lambda keep, q, w: q if keep else w, tree, masked_params, params
         )
-        return jax.tree.map(
-            lambda keep, g: g if keep else optax.MaskedNode(), tree, grad_fn(point)
-        )
+        return mask_result(function(point))
 
-    return masked_grad_fn
+    return masked_function

@@ -20,6 +20,7 @@ from sam_optax._doors.value_and_grad import FirstPassOptions
 from sam_optax._doors.value_and_grad import (
     value_and_ascent_grad as _value_and_ascent_grad,
 )
+from sam_optax._step import ValueSlot
 
 
 def value_and_ascent_grad(
@@ -35,7 +36,8 @@ def value_and_ascent_grad(
     The model's random streams, batch statistics and other variables advance once per
     step, as those of a plain step do: in the pass at the parameters. The second pass
     starts from a copy of what they were before it, so it sees the same dropout masks,
-    and what it changes is forgotten.
+    and what it changes is forgotten. With value_at="perturbed" it is the other way
+    round: they advance as the second pass says, when the optimizer updates the model.
 
     Args:
       loss_fn: the model, and any further arguments, -> loss, or (loss, aux).
@@ -44,8 +46,8 @@ def value_and_ascent_grad(
       has_aux: whether loss_fn returns (loss, aux). Default False.
       report: whether the update reports on the step. After it, and in the same jitted
         function, `extra_args["report"].value` is the `sam_optax.Report`. Default False.
-      options: data=, batch_argnums=, batch_argnames=, m=, map_groups=, axis_name=,
-        sync_perturbation= and axis_index_groups=, as for
+      options: value_at=, ascent_loss_fn=, data=, batch_argnums=, batch_argnames=, m=,
+        map_groups=, axis_name=, sync_perturbation= and axis_index_groups=, as for
         `sam_optax.sam_value_and_grad`, where argument 0 is the model. Under m=, what
         the groups make of floating-point variables is averaged. Under axis_name=,
         variables that are not trained are those of the device.
@@ -54,7 +56,9 @@ def value_and_ascent_grad(
       A function of the arguments of loss_fn that updates the model's other variables
       in place, and returns `(loss, gradients, extra_args)`, or
       `((loss, aux), gradients, extra_args)`, for
-      `optimizer.update(model, gradients, **extra_args)`.
+      `optimizer.update(model, gradients, **extra_args)`. With value_at="perturbed", an
+      object comes in the place of the loss, whose attribute `value` is the loss, or
+      (loss, aux), after the update.
 
     Raises:
       ValueError: as `sam_optax.value_and_ascent_grad`; if loss_fn adds variables to the
@@ -81,35 +85,64 @@ def value_and_ascent_grad(
     """
 
     # Built here for what it raises; each step builds its own, over its own model.
+    ascent_loss_fn = options.pop("ascent_loss_fn", None)
     first_pass_of = functools.partial(_value_and_ascent_grad, report=report, **options)
-    first_pass_of(loss_fn)
+    first_pass_of(loss_fn, ascent_loss_fn=ascent_loss_fn)
 
     def value_and_ascent_grad_fn(model, /, *args, **kwargs):
         graph, params, others = nnx.split(model, wrt, ...)
         # Values, not the variables: these will have advanced at the second pass.
         others = nnx.as_pure(others)
 
-        @functools.wraps(loss_fn)
-        def pure_loss_fn(params, *args, **kwargs):
-            copied = nnx.merge(graph, params, others, copy=True)
-            loss, aux = loss_and_aux(loss_fn(copied, *args, **kwargs), has_aux)
-            return loss, (aux, nnx.as_pure(nnx.split(copied, wrt, ...)[2]))
+        def pure(loss_fn):
+            @functools.wraps(loss_fn)
+            def pure_loss_fn(params, *args, **kwargs):
+                copied = nnx.merge(graph, params, others, copy=True)
+                loss, aux = loss_and_aux(loss_fn(copied, *args, **kwargs), has_aux)
+                return loss, (aux, nnx.as_pure(nnx.split(copied, wrt, ...)[2]))
 
-        first_pass = first_pass_of(pure_loss_fn, has_aux=True)
-        (loss, (aux, changed)), gradients, extra_args = first_pass(
-            nnx.as_pure(params), *args, **kwargs
+            return pure_loss_fn
+
+        def updated(value):
+            """The user's value, after the model's other variables have advanced."""
+            loss, (aux, changed) = value
+            _check_same_variables(others, changed)
+            if options.get("m") is not None:
+                changed = _tree.mean_of_groups(changed)
+            nnx.update(model, changed)
+            return loss, aux
+
+        first_pass = first_pass_of(
+            pure(loss_fn),
+            has_aux=True,
+            ascent_loss_fn=ascent_loss_fn and pure(ascent_loss_fn),
         )
-        _check_same_variables(others, changed)
-        if options.get("m") is not None:
-            changed = _tree.mean_of_groups(changed)
-        nnx.update(model, changed)
+        value, gradients, extra_args = first_pass(nnx.as_pure(params), *args, **kwargs)
+        if isinstance(value, ValueSlot):
+            value = _UpdatingSlot(has_aux, updated)
+            choice = extra_args["grad_fn"].replace(value_slot=value)
+            extra_args["grad_fn"] = choice
+        else:
+            loss, aux = updated(value)
+            value = (loss, aux) if has_aux else loss
         # The optimizer looks for variables of the kind that it trains.
         gradients = jax.tree.unflatten(
             jax.tree.structure(params), jax.tree.leaves(gradients)
         )
-        return ((loss, aux) if has_aux else loss), gradients, extra_args
+        return value, gradients, extra_args
 
     return value_and_ascent_grad_fn
+
+
+class _UpdatingSlot(ValueSlot):
+    """Updates the model when the update of the optimizer says what has changed."""
+
+    def __init__(self, has_aux: bool, updated: Callable[[Any], Any]) -> None:
+        super().__init__(has_aux)
+        self._updated = updated
+
+    def __call__(self, value: Any) -> None:
+        super().__call__(self._updated(value))
 
 
 def _check_same_variables(before: Any, after: Any) -> None:

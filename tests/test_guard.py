@@ -18,7 +18,7 @@ from lab import (
     train,
 )
 from methods import TABLE
-from sam_optax._step.parts import climb
+from sam_optax._parts import climb
 
 
 @pytest.mark.parametrize("door", DOORS)

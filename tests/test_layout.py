@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(sam_optax.__file__).parent
 
 # From the ground up. A module imports from its own floor and from those below it.
 FLOORS = [
-    {"_tree", "_sharding", "_checks", "_random", "_hyperparameters"},
+    {"_tree", "_sharding", "_checks", "_random", "_hyperparameters", "_parts"},
     {"_masks", "_rounding"},
     {"_step"},
     {"_doors", "_recorder", "sharpness"},

@@ -112,14 +112,20 @@ def make_batch(
     without a data rule must not be refused because that is not clear.
     """
 
-    def with_aux(point, *args, **kwargs):
-        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
-
     @functools.cache
     def slots() -> Slots:
         return _find_slots(loss_fn, args, kwargs, argnums, argnames)
 
-    return Batch(with_aux, args, kwargs, slots)
+    return Batch(with_aux(loss_fn, has_aux), args, kwargs, slots)
+
+
+def with_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The user's loss_fn as one that returns (loss, aux)."""
+
+    def loss_with_aux(point, *args, **kwargs):
+        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
+
+    return loss_with_aux
 
 
 def _mean(loss: Any) -> jax.Array:
@@ -248,18 +254,25 @@ def same_batch(batch: Batch, params: Any) -> Choice:
     return Choice(batch.gradient(params), batch.gradient, batch.gradient)
 
 
-def another_batch(examples: Any) -> DataRule:
-    """ε from the given examples, everything else from the batch."""
+def another_ascent(
+    loss_fn: Callable[..., Any] | None, examples: Any | None
+) -> DataRule:
+    """ε from another loss, on other examples, or both; the rest from the batch.
+
+    `loss_fn` returns (loss, aux) as that of a `Batch` does.
+    """
 
     def rule(batch: Batch, params: Any) -> Choice:
-        is_single = len(batch.examples) == 1
-        others = [examples] if is_single else list(examples)
-        _check_match(batch.examples, others)
+        other = batch
+        if examples is not None:
+            is_single = len(batch.examples) == 1
+            others = [examples] if is_single else list(examples)
+            _check_match(batch.examples, others)
+            other = other.replace(others)
+        if loss_fn is not None:
+            other = dataclasses.replace(other, _loss_fn=loss_fn)
         return Choice(
-            batch.forward(params),
-            batch.replace(others).gradient,
-            batch.gradient,
-            recompute=True,
+            batch.forward(params), other.gradient, batch.gradient, recompute=True
         )
 
     return rule
@@ -280,7 +293,7 @@ def choose(rule: DataRule, batch: Batch, params: Any) -> Choice:
     def pass_for_step(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Pass]:
         def pass_at(point):
             there = evaluate(point)
-            known = Pass(there.loss, there.gradient)
+            known = Pass(there.loss, there.gradient, there.aux)
             if there.batch is None:  # a pass that the rule made by hand
                 return known
             is_seen = there.batch is seen.batch

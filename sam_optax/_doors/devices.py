@@ -11,7 +11,7 @@ import optax
 from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._doors.groups import PathOfGroup, PerGroup
-from sam_optax._step.inputs import Choice
+from sam_optax._step.inputs import Choice, Pass
 
 
 class Axis(NamedTuple):
@@ -26,6 +26,11 @@ class Axis(NamedTuple):
     names: tuple[str, ...]
     shared: tuple[str, ...]
     index_groups: tuple[tuple[int, ...], ...] | None
+
+    @property
+    def is_one_group(self) -> bool:
+        """Whether all devices share a perturbation."""
+        return self.shared == self.names and self.index_groups is None
 
     def check(self) -> None:
         """What can be known of the axis only where it is mapped."""
@@ -141,7 +146,11 @@ def over_devices(
     own = here.map(lambda evaluate: lambda point: evaluate(axis.vary(point)))
 
     def averaged(mean: Callable[[Any], Any]) -> Choice:
-        return own.map(lambda evaluate: lambda point: mean(evaluate(point)))
+        def mean_pass(there: Pass) -> Pass:
+            # The auxiliary output stays that of the device.
+            return mean(there._replace(aux=None))._replace(aux=there.aux)
+
+        return own.map(lambda evaluate: lambda point: mean_pass(evaluate(point)))
 
     def per_group(path: PathOfGroup) -> Any:
         def follow(g, choice, index):
@@ -155,5 +164,5 @@ def over_devices(
     seen = own.seen._replace(
         loss=axis.mean(own.seen.loss), gradient=axis.mean(own.seen.gradient)
     )
-    is_one_group = axis.shared == axis.names and axis.index_groups is None
-    return averaged(axis.mean).replace(seen=seen), None if is_one_group else per_group
+    choice = averaged(axis.mean).replace(seen=seen)
+    return choice, None if axis.is_one_group else per_group

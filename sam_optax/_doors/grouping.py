@@ -23,6 +23,11 @@ class Grouping(NamedTuple):
     map_groups: str | None
     axis: Axis | None
 
+    @property
+    def is_one_group(self) -> bool:
+        """Whether all examples share a perturbation, on all devices."""
+        return self.m is None and (self.axis is None or self.axis.is_one_group)
+
     def choose(
         self, rule: DataRule, batch: Batch, params: Any
     ) -> tuple[Choice, PerGroup | None]:

@@ -47,7 +47,11 @@ def over_groups(
 
     def mean_of(part: Callable[[Choice], Callable[[Any], Pass]]):
         def evaluate(point):
-            return groups.run(lambda e: (part(choose_in(e))(point), None), examples)[0]
+            def evaluate_group(examples):
+                there = part(choose_in(examples))(point)
+                return there._replace(aux=None), None
+
+            return groups.run(evaluate_group, examples)[0]
 
         return evaluate
 

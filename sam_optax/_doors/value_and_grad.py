@@ -10,22 +10,25 @@ import optax
 
 from sam_optax._doors.batch import (
     DataRule,
-    another_batch,
+    another_ascent,
     check_argnums,
     choose,
     make_batch,
     same_batch,
+    with_aux,
 )
 from sam_optax._doors.devices import check_loss_is_averaged
 from sam_optax._doors.find_state import find_sam_state, sam_state_of
-from sam_optax._doors.grouping import make_grouping
-from sam_optax._step import ReportSlot, SharpnessAwareGradients
+from sam_optax._doors.grouping import Grouping, make_grouping
+from sam_optax._step import ReportSlot, SharpnessAwareGradients, ValueSlot
 from sam_optax._step.inputs import check_params
 
 
 class FirstPassOptions(TypedDict, total=False):
     """The options that all helpers have in common; see `sam_value_and_grad`."""
 
+    value_at: str
+    ascent_loss_fn: Callable[..., Any] | None
     data: DataRule | None
     batch_argnums: int | Sequence[int] | None
     batch_argnames: str | Sequence[str]
@@ -42,6 +45,8 @@ def sam_value_and_grad(
     *,
     has_aux: bool = False,
     report: bool = False,
+    value_at: str = "parameters",
+    ascent_loss_fn: Callable[..., Any] | None = None,
     data: DataRule | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] = (),
@@ -53,9 +58,9 @@ def sam_value_and_grad(
 ) -> Callable[..., tuple[Any, SharpnessAwareGradients]]:
     """Like `jax.value_and_grad`, with the sharpness-aware gradient of `tx`.
 
-    The value and the auxiliary output are those at the parameters themselves; only the
-    gradients come from the perturbed point. Both passes get the same arguments, so the
-    same batch and the same dropout key.
+    The value and the auxiliary output are those at the parameters themselves, unless
+    you ask for others; only the gradients come from the perturbed point. Both passes
+    get the same arguments, so the same batch and the same dropout key.
 
     Args:
       loss_fn: parameters, and any further arguments, -> loss, or (loss, aux). If the
@@ -67,6 +72,16 @@ def sam_value_and_grad(
       has_aux: whether loss_fn returns (loss, aux). Default False.
       report: whether the gradients carry a `Report` of the step, at
         `gradients.report`. What is not used is not computed. Default False.
+      value_at: where the loss and the auxiliary output, such as metrics and new batch
+        statistics, are taken. `"parameters"` (default): at w. `"perturbed"`: from the
+        pass that gives the gradient d is made of, at w + ε, or at w on a step that does
+        not ascend. A method such as `msam`, which takes no gradient at w, then needs no
+        other pass; with the default it needs a forward pass more, if the loss or the
+        auxiliary output is used. It does not go with m= or perturbations per device.
+      ascent_loss_fn: a loss of its own for the gradient from which ε is made, as a
+        function of the same arguments, with an auxiliary output if loss_fn has one
+        (which is not used). Everything else, d above all, comes from loss_fn. Default
+        None: the same loss.
       data: which examples each of the two gradients sees: `data.sub_batch`,
         `data.largest_increase`, `data.k_sam`, or a rule of your own. Default None: both
         see the whole batch.
@@ -154,6 +169,8 @@ def sam_value_and_grad(
     first_pass = _make_first_pass(
         loss_fn,
         has_aux,
+        value_at=value_at,
+        ascent_loss_fn=ascent_loss_fn,
         data=data,
         batch_argnums=batch_argnums,
         batch_argnames=batch_argnames,
@@ -181,12 +198,13 @@ def sam_value_and_grad(
         state: Any = find_sam_state(tx, opt_state, params)
         value, g, own_args = first_pass(params, args, kwargs, ascent_batch)
         slot = ReportSlot() if report else None
-        loss = value[0] if has_aux else value
         made_by = []
-        own_args |= {"ascend": ascend, "value": loss}
+        own_args |= {"ascend": ascend, "value": own_args["grad_fn"].loss}
         own_args |= {"report": slot, "maker": made_by.append}
         _check_extra_args(extra_args or {}, own_args)
         d, next_state = update(g, state, params, **(extra_args or {}), **own_args)
+        if isinstance(value, ValueSlot):
+            value = value.value
         return value, SharpnessAwareGradients(
             d,
             recipe=made_by[0],
@@ -215,14 +233,17 @@ def value_and_ascent_grad(
       has_aux: as for `sam_value_and_grad`. Default False.
       report: whether the update reports on the step. After it, and in the same jitted
         function, `extra_args["report"].value` is the `Report`. Default False.
-      options: data=, batch_argnums=, batch_argnames=, m=, map_groups=, axis_name=,
-        sync_perturbation= and axis_index_groups=, as for `sam_value_and_grad`.
+      options: value_at=, ascent_loss_fn=, data=, batch_argnums=, batch_argnames=, m=,
+        map_groups=, axis_name=, sync_perturbation= and axis_index_groups=, as for
+        `sam_value_and_grad`.
 
     Returns:
       A function of the arguments of loss_fn, and of ascent_batch, that returns
       `(loss, g, extra_args)`, or `((loss, aux), g, extra_args)`: the gradient g at the
       parameters, and a dict with the `grad_fn` for the perturbed point and whatever
-      else the update needs to know.
+      else the update needs to know. With value_at="perturbed", the loss is known only
+      after the update. In its place comes an object whose attribute `value` is then the
+      loss, or (loss, aux).
 
     Raises:
       ValueError: as `sam_value_and_grad`, as far as its arguments are here.
@@ -264,6 +285,8 @@ def _make_first_pass(
     loss_fn: Callable[..., Any],
     has_aux: bool,
     *,
+    value_at: str = "parameters",
+    ascent_loss_fn: Callable[..., Any] | None = None,
     data: DataRule | None = None,
     batch_argnums: int | Sequence[int] | None = None,
     batch_argnames: str | Sequence[str] = (),
@@ -271,6 +294,8 @@ def _make_first_pass(
 ) -> FirstPass:
     """The function that takes the gradient at w; its options are checked here."""
     _check_is_loss(loss_fn)
+    if ascent_loss_fn is not None:
+        _check_is_loss(ascent_loss_fn, "ascent_loss_fn")
     check_argnums(batch_argnums, batch_argnames)
     if data is not None and not callable(data):
         raise TypeError(
@@ -278,18 +303,28 @@ def _make_first_pass(
             f"{data!r}."
         )
     grouping = make_grouping(**grouping_options)
+    _check_value_at(value_at, grouping)
+    has_own_ascent = ascent_loss_fn is not None
+    ascent_loss = with_aux(ascent_loss_fn, has_aux) if has_own_ascent else None
+    if has_own_ascent and data is not None:
+        raise ValueError(
+            "data= says how each gradient sees the one loss, and ascent_loss_fn= gives "
+            "the ascent another one: pass one of them, and other examples for the "
+            "ascent as ascent_batch=."
+        )
 
     def first_pass(params, args, kwargs, ascent_batch):
         _check_no_module(params)
         check_params(params)
         rule = data or same_batch
-        if ascent_batch is not None:
-            if data is not None or grouping_options.get("m") is not None:
-                raise ValueError(
-                    "ascent_batch= says which examples the ascent sees, and so does "
-                    "data= or m=: pass one of them."
-                )
-            rule = another_batch(ascent_batch)
+        has_other_rule = data is not None or grouping_options.get("m") is not None
+        if ascent_batch is not None and has_other_rule:
+            raise ValueError(
+                "ascent_batch= says which examples the ascent sees, and so does data= "
+                "or m=: pass one of them."
+            )
+        if has_own_ascent or ascent_batch is not None:
+            rule = another_ascent(ascent_loss, ascent_batch)
         batch = make_batch(
             loss_fn, has_aux, args, kwargs, batch_argnums, batch_argnames
         )
@@ -303,22 +338,39 @@ def _make_first_pass(
         if per_group is not None:
             extra_args["per_group"] = per_group
         value = (seen.loss, seen.aux) if has_aux else seen.loss
+        if value_at == "perturbed":
+            value = ValueSlot(has_aux)
+            extra_args["grad_fn"] = choice.replace(value_slot=value)
         return value, seen.gradient, extra_args
 
     return first_pass
 
 
-def _check_is_loss(loss_fn: Any) -> None:
+def _check_value_at(value_at: Any, grouping: Grouping | None) -> None:
+    if value_at not in ("parameters", "perturbed"):
+        raise ValueError(
+            f"value_at must be 'parameters' or 'perturbed', got {value_at!r}."
+        )
+    if value_at == "perturbed" and grouping is not None and not grouping.is_one_group:
+        raise ValueError(
+            "value_at='perturbed' does not go with m= or with perturbations per "
+            "device: each group would have a loss and auxiliary output of its own. "
+            "With value_at='parameters' they are those of all, at no cost where the "
+            "ascent follows the gradient."
+        )
+
+
+def _check_is_loss(loss_fn: Any, name: str = "loss_fn") -> None:
     """Refuses a gradient in the place of a loss: its mean would pass for one."""
     if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
+        raise TypeError(f"{name} must be a function, got {loss_fn!r}.")
     function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
     # JAX writes so in the docstrings of what jax.grad and jax.value_and_grad return.
     words = str(getattr(function, "__doc__", None))
     is_gradient = words.startswith(("Gradient of ", "Value and gradient of "))
     if is_gradient and "with respect to positional argument(s) 0." in words:
         raise TypeError(
-            "loss_fn is a gradient, made by jax.grad or jax.value_and_grad. Pass the "
+            f"{name} is a gradient, made by jax.grad or jax.value_and_grad. Pass the "
             "loss itself; the gradients are taken here."
         )
 

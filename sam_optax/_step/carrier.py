@@ -185,29 +185,49 @@ class ReportSlot:
       value: the `Report`, once the update has run, inside the same trace.
     """
 
+    _subject = "report"
+
     def __init__(self) -> None:
-        self._report: Report | None = None
+        self._value: Any = None
+        self._is_filled = False
         self._trace: Any = None
 
-    def __call__(self, report: Report) -> None:
-        self._report = report
+    def __call__(self, value: Any) -> None:
+        self._value, self._is_filled = value, True
         self._trace = current_traces()[0]
 
     @property
-    def value(self) -> Report:
-        if self._report is None:
+    def value(self) -> Any:
+        if not self._is_filled:
             raise ValueError(
-                "There is no report yet: pass this slot on to tx.update (as the extra "
-                "argument report=), and read its value afterwards."
+                f"There is no {self._subject} yet: pass the extra arguments on to "
+                "tx.update, and read it afterwards."
             )
-        if is_traced(self._report) and not is_current(self._trace):
+        if is_traced(self._value) and not is_current(self._trace):
             raise ValueError(
-                "The report belongs to another trace. Read it in the jitted function "
-                "that runs tx.update, and return it from there. If the SAM "
+                f"The {self._subject} belongs to another trace. Read it in the jitted "
+                "function that runs tx.update, and return it from there. If the SAM "
                 "transformation is inside of optax.MultiSteps or "
                 "optax.apply_if_finite, put it around these, first in the chain."
             )
-        return self._report
+        return self._value
+
+
+class ValueSlot(ReportSlot):
+    """Receives the loss at the perturbed point from the update.
+
+    Attributes:
+      value: the loss, or (loss, aux), once the update has run, inside the same trace.
+    """
+
+    _subject = "loss"
+
+    def __init__(self, has_aux: bool) -> None:
+        super().__init__()
+        self._has_aux = has_aux
+
+    def __call__(self, value: Any) -> None:
+        super().__call__(value if self._has_aux else value[0])
 
 
 # --- Whether a tracer that is kept in Python still belongs to the current trace.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._step.parts import Ascent, Cadence
+from sam_optax._parts import Ascent, Cadence, Descent, uses_gradient
 from sam_optax._step.sameness import may_be_same
 
 UNKNOWN = np.float32("nan")
@@ -63,12 +63,15 @@ class Choice:
       recompute: True if g is not the gradient, at w, of the examples that the step
         descends on. A descent that compares gᵃ with that gradient, and a step without
         ascent, then take it from `descent(params)`. Default False.
+      value_slot: called once a step with (loss, aux) of the pass at w + ε, or at w if
+        the step does not ascend. Default None: nobody asks.
     """
 
     seen: Any  # a Pass; None if the caller of an update took g itself
     ascent: Callable[[Any], Pass]
     descent: Callable[[Any], Pass]
     recompute: bool = False
+    value_slot: Callable[[Any], Any] | None = None
 
     def __call__(self, point: Any) -> Pass:
         return self.descent(point)
@@ -125,6 +128,14 @@ def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
     if cadence is not None and not isinstance(cadence, Cadence):
         raise TypeError(
             f"cadence must be a sam_optax.cadences.Cadence, got {cadence!r}."
+        )
+
+    if isinstance(descent, Descent) and descent.compares and not uses_gradient(ascent):
+        raise ValueError(
+            "The descent compares gᵃ with g, the gradient at the parameters, and the "
+            "ascent makes no use of g, so that the step need not take it. To have "
+            "both, at two gradients a step, take an ascent along g, such as "
+            "sam_optax.ascents.sam()."
         )
 
 
@@ -209,7 +220,14 @@ def check_params(params: Any) -> None:
 
 
 # What the step passes to ascent and descent; see the namespaces of both.
-_OWN_ARGS = ("ascent_gradient", "perturbation", "perturb", "group")
+_OWN_ARGS = (
+    "ascent_gradient",
+    "ascent_grad_fn",
+    "group",
+    "perturb",
+    "perturbation",
+    "value_and_grad_fn",
+)
 
 
 def check_call(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
+from sam_optax._parts import Descent, climb, uses_gradient
 from sam_optax._rounding import Rounding
 from sam_optax._step.inputs import UNKNOWN, Choice, Pass, as_choice
-from sam_optax._step.parts import climb
 from sam_optax._step.report import AtPerturbed, unknown
 
 
@@ -21,28 +21,32 @@ class Path:
 
     Attributes:
       ascent: g ↦ ε.
-      descent: gᵃ ↦ d.
+      descent: gᵃ ↦ d, or None for d = gᵃ.
       rounding: of w + ε.
       state: the `SharpnessAwareState` from before the step.
       params: w.
       extra_args: those of the update, which ascent and descent receive.
       is_measured: whether a report is wanted.
+      compares: whether a descent or a cadence may compare gᵃ with g.
     """
 
     ascent: optax.GradientTransformation
-    descent: optax.GradientTransformationExtraArgs
+    descent: optax.GradientTransformationExtraArgs | None
     rounding: Rounding
     state: Any
     params: optax.Params
     extra_args: Mapping[str, Any]
     is_measured: bool
+    compares: bool
 
     def ascent_step(
         self, g: optax.Updates, passes: Choice, group: Any = None
     ) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
-        """(ε, the ascent's next state, whether g is finite or None)."""
+        """(ε, the ascent's next state, whether its source is finite or None)."""
         g = _tree.at_least_float32(g)
         extra_args = self._shared_args(passes.ascent, group) | {"ascent_gradient": g}
+        if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
+            extra_args |= self.descent.for_ascent(self.state.descent_state)
         return climb(self.ascent, g, self.state.ascent_state, self.params, extra_args)
 
     def evaluate(
@@ -50,22 +54,36 @@ class Path:
     ) -> AtPerturbed:
         """gᵃ, and what a report measures at w + ε."""
         there = passes.descent(self._perturbed(self.params, perturbation, group))
+        value = (there.loss, there.aux) if passes.value_slot is not None else ()
         if not self.is_measured:
-            return AtPerturbed(there.gradient)
+            return AtPerturbed(there.gradient, value)
         perturbed_loss, unperturbed_loss = (
             jnp.float32(unknown()) if loss is UNKNOWN else _tree.at_least_float32(loss)
             for loss in (there.loss, there.unperturbed_loss)
         )
         return AtPerturbed(
             there.gradient,
+            value,
             perturbed_loss,
             perturbed_loss - jnp.asarray(unperturbed_loss, perturbed_loss.dtype),
             _tree.norm(perturbation),
         )
 
-    def plain_gradient(self, g: optax.Updates, passes: Choice) -> optax.Updates:
-        """The gradient at w of the examples that the step descends on."""
-        return passes.descent(self.params).gradient if passes.recompute else g
+    def compared_gradient(self, g: optax.Updates, passes: Choice) -> optax.Updates:
+        """The gradient at w that a descent and a cadence may compare gᵃ with."""
+        return self.plain_pass(g, passes).gradient if self.compares else g
+
+    def plain_pass(self, g: optax.Updates, passes: Choice) -> Pass:
+        """The pass at w over the examples that the step descends on.
+
+        Where the ascent does not use g, the pass is taken here, so that a branch of the
+        program that does not need it does not take it.
+        """
+        if passes.recompute or not uses_gradient(self.ascent):
+            return passes.descent(self.params)
+        if passes.seen is None:
+            return Pass(UNKNOWN, g)
+        return passes.seen._replace(gradient=g)
 
     def descent_step(
         self,
@@ -76,12 +94,16 @@ class Path:
         group: Any = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         """(d, the descent's next state) from gᵃ, and from g on the same examples."""
+        descent_gradient = _tree.at_least_float32(descent_gradient)
+        if self.descent is None:
+            return descent_gradient, self.state.descent_state
         return self.descent.update(
-            _tree.at_least_float32(descent_gradient),
+            descent_gradient,
             self.state.descent_state,
             self.params,
             ascent_gradient=_tree.at_least_float32(g),
             perturbation=perturbation,
+            ascent_grad_fn=_gradient_of(passes.ascent),
             **self._shared_args(passes.descent, group),
         )
 
@@ -91,8 +113,8 @@ class Path:
         """(d, what was seen at w + ε) of one group; `per_group` takes their means."""
         passes = as_choice(grad_fn, like=g)
         perturbation, _, _ = self.ascent_step(g, passes, group)
+        g_descent = self.compared_gradient(g, passes)
         there = self.evaluate(passes, perturbation, group)
-        g_descent = self.plain_gradient(g, passes)
         d, _ = self.descent_step(
             there.descent_gradient, g_descent, passes, perturbation, group
         )
@@ -117,7 +139,27 @@ class Path:
         """The extra arguments that an ascent and a descent both receive."""
         return {
             **self.extra_args,
-            "grad_fn": lambda point: evaluate(point).gradient,
+            "grad_fn": _gradient_of(evaluate),
+            "value_and_grad_fn": _value_and_gradient_of(evaluate),
             "perturb": lambda params, e: self._perturbed(params, e, group),
             "group": group,
         }
+
+
+def _gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
+    return lambda point: evaluate(point).gradient
+
+
+def _value_and_gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
+    def value_and_gradient(point):
+        there = evaluate(point)
+        if there.loss is UNKNOWN:
+            raise ValueError(
+                "This method needs the loss beside each gradient, and grad_fn= returns "
+                "the gradient alone. Take the gradients with "
+                "sam_optax.sam_value_and_grad, or pass on the extra arguments that "
+                "sam_optax.value_and_ascent_grad returns."
+            )
+        return there.loss, there.gradient
+
+    return value_and_gradient

@@ -45,6 +45,7 @@ class AtPerturbed(NamedTuple):
     """What a group of examples saw at its w + ε, or the mean of it over groups."""
 
     descent_gradient: Any
+    value: Any = ()  # (loss, aux) there; empty unless it is what the helper returns
     perturbed_loss: Any = ()  # like the following, empty unless a report is wanted
     surrogate_gap: Any = ()
     perturbation_norm: Any = ()

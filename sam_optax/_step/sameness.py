@@ -158,7 +158,9 @@ def _parts(value: Any) -> dict[str, Any] | None:
     if isinstance(value, functools.partial):
         return {"_function": value.func, "_args": value.args, "_kw": value.keywords}
     if isinstance(value, (tuple, list)):
-        return {f"_{index}": part for index, part in enumerate(value)}
+        # An `Ascent` is a tuple with further attributes.
+        entries = {f"_{index}": part for index, part in enumerate(value)}
+        return entries | getattr(value, "__dict__", {})
     if isinstance(value, dict):
         return {str(key): part for key, part in value.items()}
     if hasattr(value, "__wrapped__"):  # jax.jit and functools.cache

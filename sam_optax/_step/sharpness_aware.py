@@ -10,6 +10,13 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._masks import Mask, restrict
+from sam_optax._parts import (
+    Cadence,
+    every_step,
+    follow,
+    follows,
+    uses_gradient,
+)
 from sam_optax._random import Key
 from sam_optax._rounding import Rounding
 from sam_optax._step.carrier import SharpnessAwareGradients
@@ -20,7 +27,6 @@ from sam_optax._step.inputs import (
     check_is_whole,
     warn_if_descends,
 )
-from sam_optax._step.parts import Cadence, every_step
 from sam_optax._step.path import Path
 from sam_optax._step.report import Report, report_of, report_without_ascent
 from sam_optax._step.sameness import Recipe
@@ -137,12 +143,12 @@ def sharpness_aware(
     """
     check_axes(ascent, descent, cadence)
     recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
+    follows_d = follows(ascent)
     if mask is not None:
         ascent = restrict(ascent, mask)
-    descent = optax.with_extra_args_support(
-        optax.identity() if descent is None else descent
-    )
+    descent = None if descent is None else optax.with_extra_args_support(descent)
     cadence = every_step() if cadence is None else cadence
+    compares = descent is not None or not cadence.forgets
     rounding = Rounding(stochastic_rounding)
     was_tried: list[bool] = []
 
@@ -153,7 +159,7 @@ def sharpness_aware(
             warn_if_descends(recipe.ascent)
         return SharpnessAwareState(
             ascent_state=ascent.init(params),
-            descent_state=descent.init(params),
+            descent_state=(descent or optax.identity()).init(params),
             cadence_state=cadence.init(params),
             rounding_key=rounding.init(),
         )
@@ -176,7 +182,9 @@ def sharpness_aware(
         g, passes = updates, as_choice(grad_fn, like=updates)
         rounding.warn_of_lost_digits(params, mask)
         is_measured = report is not None
-        path = Path(ascent, descent, rounding, state, params, extra_args, is_measured)
+        path = Path(
+            ascent, descent, rounding, state, params, extra_args, is_measured, compares
+        )
 
         ascends, cadence_state = cadence.decide(g, state.cadence_state)
         ascends = _as_decision(ascends if ascend is None else ascend)
@@ -188,11 +196,11 @@ def sharpness_aware(
             grouped, g = per_group(path.with_gradient)
 
         # The ascent runs on every step, so that averages and schedules do not lag.
-        # g_is_finite is None if the ascent took no norm that shows it.
-        perturbation, ascent_state, g_is_finite = path.ascent_step(g, passes)
+        # The last result is None if the ascent took no norm that shows it.
+        perturbation, ascent_state, source_is_finite = path.ascent_step(g, passes)
 
         def with_second_gradient():
-            g_descent = path.plain_gradient(g, passes)
+            g_descent = path.compared_gradient(g, passes)
             if per_group is None:
                 mean_d, there = None, path.evaluate(passes, perturbation)
             else:
@@ -204,27 +212,39 @@ def sharpness_aware(
             d = _tree.cast_like(own_d if mean_d is None else mean_d, g)
             kept = cadence.remember(d, g_descent, cadence_state)
             measured = report_of(g, there, passes.loss) if is_measured else ()
-            return d, descent_state, kept, measured
+            return d, descent_state, kept, measured, there.value
 
         def without_second_gradient():
-            g_descent = path.plain_gradient(g, passes)
-            d = _tree.cast_like(cadence.substitute(g_descent, cadence_state), g)
+            here = path.plain_pass(g, passes)
+            d = _tree.cast_like(cadence.substitute(here.gradient, cadence_state), g)
             # The descent runs as if gᵃ = g, only so that its counters go on.
-            _, descent_state = path.descent_step(g, g, passes, _tree.zeros_like(g))
+            _, descent_state = path.descent_step(
+                here.gradient, here.gradient, passes, _tree.zeros_like(g)
+            )
             measured = report_without_ascent(g, passes.loss) if is_measured else ()
-            return d, descent_state, cadence_state, measured
+            value = () if passes.value_slot is None else (here.loss, here.aux)
+            return d, descent_state, cadence_state, measured, value
 
-        d, descent_state, cadence_state, measured = _cond(
+        d, descent_state, cadence_state, measured, value = _cond(
             ascends, with_second_gradient, without_second_gradient
         )
+        ascent_state = follow(ascent, d, ascent_state, params)
         rounding_key = rounding.advance(state.rounding_key)
         new = SharpnessAwareState(
             ascent_state, descent_state, cadence_state, rounding_key
         )
         if guard:
             d, new = _guarded(
-                d, new, state, g=g, g_is_finite=g_is_finite, ascended=ascends
+                d,
+                new,
+                state,
+                source=_source(ascent, ascends, g, perturbation),
+                source_is_finite=source_is_finite,
+                follows_d=follows_d,
+                ascended=ascends,
             )
+        if passes.value_slot is not None:
+            passes.value_slot(value)
         if report is not None:
             report(measured)
         if maker is not None:
@@ -255,33 +275,48 @@ def _as_decision(ascend: Any) -> bool | jax.Array:
 # --- The guard: values that are not finite appear in d, and never in the state.
 
 
+def _source(ascent: Any, ascends: Any, g: Any, perturbation: Any) -> optax.Updates:
+    """What must be finite for ε to be so: nothing, where no ε is used."""
+    if uses_gradient(ascent):
+        return g
+    return () if ascends is False else perturbation
+
+
 def _guarded(
     d: optax.Updates,
     new: Any,
     old: Any,
     *,
-    g: optax.Updates,
-    g_is_finite: jax.Array | None,
+    source: optax.Updates,
+    source_is_finite: jax.Array | None,
+    follows_d: bool,
     ascended: bool | jax.Array,
 ) -> tuple[optax.Updates, Any]:
     """(d, state) of a step, mended if a gradient was not finite.
 
-    The ascent's state is made of g, so g decides whether it reverts; and it is looked
-    at itself, unless the ascent's norm tells all of it. The states of the descent and
-    of the cadence are made of gᵃ as well, so d decides too; if they carry no values, d
-    is not looked at, which saves a pass over it. `g_is_finite` is what the ascent's
-    norm found, or None.
+    The ascent's state is made of the source of ε: of g, or if the ascent uses no
+    gradient, of what shows in ε. So the source decides whether it reverts; and it is
+    looked at itself, unless the ascent's norm tells all of it. The states of the
+    descent and of the cadence, and that of an ascent which follows d, are made of gᵃ as
+    well, so d decides too; if they carry no values, d is not looked at, which saves a
+    pass over it. `source_is_finite` is what the ascent's norm found, or None.
     """
-    norm_tells_all = g_is_finite is not None
-    if g_is_finite is None or ascended is False:
-        # Without an ascent, nothing else needs the ascent's norm. That of g is cheaper.
-        g_is_finite = _tree.all_finite(g)
-    both_are_finite = g_is_finite
-    if _has_values((new.descent_state, new.cadence_state)):
+    norm_tells_all = source_is_finite is not None
+    if source_is_finite is None or ascended is False:
+        # Without an ascent, nothing else needs the ascent's norm. A look is cheaper.
+        source_is_finite = _tree.all_finite(source)
+    both_are_finite = source_is_finite
+    made_of_d = (new.descent_state, new.cadence_state)
+    if follows_d:
+        made_of_d += (new.ascent_state,)
+    if _has_values(made_of_d):
         both_are_finite &= _tree.all_finite(d)
     state = new._replace(
         ascent_state=_revert_unless(
-            g_is_finite, new.ascent_state, old.ascent_state, look=not norm_tells_all
+            both_are_finite if follows_d else source_is_finite,
+            new.ascent_state,
+            old.ascent_state,
+            look=not norm_tells_all,
         ),
         descent_state=_revert_unless(
             both_are_finite, new.descent_state, old.descent_state
@@ -293,7 +328,8 @@ def _guarded(
     # A rectifier can have a gradient of zero at w + NaN, so that d looks finite; it is
     # made NaN. A step that does not ascend makes d of g, which shows the fault by
     # itself: if that is known when tracing, the norm of g is not needed, and dropped.
-    return _tree.scale(jnp.where(~g_is_finite & ascended, jnp.nan, 1), d), state
+    spoiled = ~source_is_finite & ascended
+    return _tree.scale(jnp.where(spoiled, jnp.nan, 1), d), state
 
 
 def _revert_unless(finite: jax.Array, new: Any, old: Any, *, look: bool = False) -> Any:

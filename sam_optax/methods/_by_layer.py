@@ -11,7 +11,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import require_params
 from sam_optax._masks import restrict
-from sam_optax._step import Ascent
+from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
 
 Labels = Any  # a tree of labels, or a function of the parameters that returns one
 
@@ -163,4 +163,16 @@ def by_label(
         )
         return perturbation, ByLabelState(states)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def follow_fn(d, state, params):
+        return ByLabelState(
+            {
+                label: follow(part, d, state.label_states[label], params)
+                for label, part in restricted.items()
+            }
+        )
+
+    return following(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        follow_fn if any([follows(part) for part in restricted.values()]) else None,
+        uses_gradient=any(uses_gradient(part) for part in restricted.values()),
+    )

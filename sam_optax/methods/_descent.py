@@ -8,6 +8,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
+from sam_optax._parts import Descent
 
 
 def stateless_descent(
@@ -66,4 +67,4 @@ def blend(
 
         return stateless_descent(descend)
 
-    return scheduled(part, weight=weight)
+    return Descent.of(scheduled(part, weight=weight), compares=True)

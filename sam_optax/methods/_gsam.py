@@ -7,6 +7,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, map_value, scheduled
+from sam_optax._parts import Descent
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._descent import blend, stateless_descent
 from sam_optax.methods._record import record
@@ -74,7 +75,7 @@ def gsam_descent(
 
         return stateless_descent(descend)
 
-    return scheduled(part, alpha=alpha)
+    return Descent.of(scheduled(part, alpha=alpha), compares=True)
 
 
 @record(

@@ -1,6 +1,7 @@
 """SAM with several ascent steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 import optax
@@ -8,6 +9,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_static_integer, require_grad_fn, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule
+from sam_optax._parts import follow, following, follows, uses_gradient
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
@@ -33,10 +35,16 @@ def ascend_repeatedly(
       n − 1 gradients besides g.
 
     Raises:
-      ValueError: if steps is not a positive integer, or, from `update`, if params or
-        grad_fn is missing.
+      ValueError: if steps is not a positive integer, or the ascent uses no gradient;
+        from `update`, if params or grad_fn is missing.
     """
     check_static_integer("steps", steps)
+    if not uses_gradient(ascent):
+        raise ValueError(
+            "ascend_repeatedly takes a gradient at each of its points, and this ascent "
+            "does not use them: all its steps would be the same."
+        )
+    follow_fn = partial(follow, ascent) if follows(ascent) else None
     ascent = optax.with_extra_args_support(ascent)
 
     def update_fn(
@@ -60,7 +68,8 @@ def ascend_repeatedly(
             perturbation = _tree.add_scaled(perturbation, 1 / steps, step)
         return perturbation, new_state
 
-    return optax.GradientTransformationExtraArgs(ascent.init, update_fn)
+    repeated = optax.GradientTransformationExtraArgs(ascent.init, update_fn)
+    return following(repeated, follow_fn)
 
 
 @record(

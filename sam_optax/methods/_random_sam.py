@@ -11,6 +11,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number, require_grad_fn, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
+from sam_optax._parts import chain, following, follows, uses_gradient
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
@@ -39,7 +40,8 @@ def replace_by_noise(key: Key = 0) -> optax.GradientTransformationExtraArgs:
         scale = 1 / math.sqrt(max(_tree.size(updates), 1))
         return _tree.scale(scale, _tree.normal_like(key, updates))
 
-    return noisy(key, draw, name="replace_by_noise")
+    noise = noisy(key, draw, name="replace_by_noise")
+    return following(noise, None, uses_gradient=False)
 
 
 class SmoothedState(NamedTuple):
@@ -77,6 +79,11 @@ def ascend_from_noise(
         missing.
     """
     check_number("sigma", sigma, at_least=0)
+    if follows(ascent) or not uses_gradient(ascent):
+        raise ValueError(
+            "ascend_from_noise gives the ascent the gradient at a random point, and "
+            "this ascent follows something else than the gradient."
+        )
     ascent = optax.with_extra_args_support(ascent)
     keys = key_stream(key, "ascend_from_noise")
 
@@ -107,7 +114,7 @@ def ascend_from_noise(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return scheduled(part, sigma=sigma)
+    return scheduled(part, sigma=sigma, uses_gradient=False)
 
 
 @record(
@@ -163,7 +170,7 @@ def random_sam(
     drops the backward pass at w, but not under a traced cadence, inside
     `apply_if_finite`, or with a report.
     """
-    ascent = optax.chain(
+    ascent = chain(
         replace_by_noise(key),
         normalize_by_global_norm() if normalized else optax.identity(),
         scale_by_rho(rho),

@@ -10,6 +10,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
+from sam_optax._parts import Descent
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._asam import asam_ascent
 from sam_optax.methods._descent import stateless_descent
@@ -80,7 +81,7 @@ def renormalize(
 
         return stateless_descent(descend)
 
-    return scheduled(part, minimum=minimum, maximum=maximum)
+    return Descent.of(scheduled(part, minimum=minimum, maximum=maximum), compares=True)
 
 
 @record(
