@@ -29,8 +29,10 @@ from sam_optax.methods import fisher_sam as fisher_sam
 from sam_optax.methods import fsam as fsam
 from sam_optax.methods import gradient_norm_penalty as gradient_norm_penalty
 from sam_optax.methods import gsam as gsam
+from sam_optax.methods import late_sam as late_sam
 from sam_optax.methods import look_sam as look_sam
 from sam_optax.methods import mesa as mesa
+from sam_optax.methods import msam as msam
 from sam_optax.methods import multi_step_sam as multi_step_sam
 from sam_optax.methods import random_sam as random_sam
 from sam_optax.methods import rsam as rsam
@@ -41,6 +43,7 @@ from sam_optax.methods import sam_every_k as sam_every_k
 from sam_optax.methods import sam_full as sam_full
 from sam_optax.methods import sam_noise as sam_noise
 from sam_optax.methods import sam_plus_gap as sam_plus_gap
+from sam_optax.methods import sampa as sampa
 from sam_optax.methods import ssam as ssam
 from sam_optax.methods import stable_asam as stable_asam
 from sam_optax.methods import stable_sam as stable_sam

@@ -54,13 +54,13 @@ def check_positive_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
-def check_static_integer(name: str, value: Any) -> None:
+def check_static_integer(name: str, value: Any, at_least: int = 1) -> None:
     """Like `check_positive_integer`, for what `optax.inject_hyperparams` may trace."""
-    if not is_integer(value) or value < 1:
+    if not is_integer(value) or value < at_least:
         raise ValueError(
-            f"{name} must be an integer >= 1, got {value!r}. It chooses code, so it "
-            "can be neither traced nor scheduled: under optax.inject_hyperparams, pass "
-            f"static_args=('{name}',)."
+            f"{name} must be an integer >= {at_least}, got {value!r}. It chooses code, "
+            "so it can be neither traced nor scheduled. Under optax.inject_hyperparams "
+            f"pass static_args=('{name}',)."
         )
 
 

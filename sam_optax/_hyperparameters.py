@@ -106,6 +106,11 @@ def scheduled(
     )
 
 
+def unscheduled(state: Any) -> Any:
+    """The state of a part itself, whether its hyperparameters are scheduled or not."""
+    return state.scheduled_state if isinstance(state, ScheduledState) else state
+
+
 def rho_from_learning_rate(
     learning_rate: Callable[[Any], Any],
     *,

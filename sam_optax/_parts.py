@@ -254,6 +254,13 @@ class Descent(optax.GradientTransformationExtraArgs):
         return own
 
 
+def compares(descent: optax.GradientTransformation | None) -> bool:
+    """Whether a descent may compare gᵃ with g; of one that says nothing, it may."""
+    if isinstance(descent, Descent):
+        return descent.compares
+    return descent is not None
+
+
 class Cadence(NamedTuple):
     """Four small functions that decide when, and what happens in between.
 

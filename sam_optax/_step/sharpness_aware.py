@@ -12,6 +12,7 @@ from sam_optax import _tree
 from sam_optax._masks import Mask, restrict
 from sam_optax._parts import (
     Cadence,
+    compares,
     every_step,
     follow,
     follows,
@@ -146,9 +147,9 @@ def sharpness_aware(
     follows_d = follows(ascent)
     if mask is not None:
         ascent = restrict(ascent, mask)
-    descent = None if descent is None else optax.with_extra_args_support(descent)
     cadence = every_step() if cadence is None else cadence
-    compares = descent is not None or not cadence.forgets
+    something_compares = compares(descent) or not cadence.forgets
+    descent = None if descent is None else optax.with_extra_args_support(descent)
     rounding = Rounding(stochastic_rounding)
     was_tried: list[bool] = []
 
@@ -183,7 +184,14 @@ def sharpness_aware(
         rounding.warn_of_lost_digits(params, mask)
         is_measured = report is not None
         path = Path(
-            ascent, descent, rounding, state, params, extra_args, is_measured, compares
+            ascent,
+            descent,
+            rounding,
+            state,
+            params,
+            extra_args,
+            is_measured=is_measured,
+            compares=something_compares,
         )
 
         ascends, cadence_state = cadence.decide(g, state.cadence_state)

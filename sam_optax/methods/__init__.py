@@ -35,6 +35,9 @@ from sam_optax.methods._ssam import ssam as ssam
 from sam_optax.methods._random_sam import random_sam as random_sam
 from sam_optax.methods._random_sam import rsam as rsam
 from sam_optax.methods._multi_step_sam import multi_step_sam as multi_step_sam
+from sam_optax.methods._msam import msam as msam
+from sam_optax.methods._late_sam import late_sam as late_sam
+from sam_optax.methods._sampa import sampa as sampa
 from sam_optax.methods._sub_batch import sub_batch as sub_batch
 from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
 from sam_optax.methods._saf import saf as saf

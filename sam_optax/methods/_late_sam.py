@@ -1,14 +1,18 @@
 """SAM for the last part of a training only."""
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._checks import is_integer
-from sam_optax._step import Cadence
+from sam_optax._checks import check_number, check_static_integer, is_integer
+from sam_optax._hyperparameters import ScalarOrSchedule, nan_if_negative, value_at
+from sam_optax._step import Cadence, Options, sharpness_aware
+from sam_optax.methods._record import record
+from sam_optax.methods._sam import sam_ascent
 
 
 class AfterState(NamedTuple):
@@ -77,3 +81,101 @@ def _check_start(start: int | jax.Array) -> None:
         )
     if start < 0:
         raise ValueError(f"start must be >= 0, got {start}.")
+
+
+def ramped(
+    rho: ScalarOrSchedule, start: int | jax.Array, ramp_steps: int
+) -> ScalarOrSchedule:
+    """ρ that rises in a line over the steps from `start` on; without steps, ρ itself.
+
+    The first of these steps has ρ/ramp_steps, and the last one the whole ρ.
+    """
+    check_number("rho", rho, at_least=0)
+    check_static_integer("ramp_steps", ramp_steps, at_least=0)
+    if ramp_steps == 0:
+        return rho
+
+    def schedule(step):
+        steps = jnp.asarray(step - start + 1, jnp.result_type(float))
+        share = jnp.clip(steps / ramp_steps, 0, 1)
+        return nan_if_negative(value_at(rho, step)) * share
+
+    return schedule
+
+
+@record(
+    title="SAM late in training",
+    equation="d = g before step `start`, then `sam`",
+    source="Zhou 2025",
+    url="https://arxiv.org/abs/2410.10373",
+    gradients=lambda start: 2.0 if is_integer(start) and start == 0 else math.nan,
+    cost="1 before `start`, then 2",
+)
+def late_sam(
+    rho: ScalarOrSchedule = 0.05,
+    start: int | jax.Array = 0,
+    *,
+    ramp_steps: int = 0,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""SAM for the last part of a training, and the base optimizer before.
+
+    .. math::
+      d_t = g_t \quad (t < t_0), \qquad
+      d_t = \nabla L\Big(w_t + \rho_t \frac{g_t}{\|g_t\|}\Big) \quad (t \ge t_0)
+
+    Args:
+      rho: the radius ρ = ‖ε‖, as for `sam`. Default 0.05, that of `sam`. A schedule
+        counts the steps from the start of the training.
+      start: the first step t₀ that takes the second gradient, counted from 0: an
+        integer >= 0, or a scalar array. Default 0: all steps take it. Zhou et al. find
+        that the last few epochs are enough.
+      ramp_steps: over how many steps ρ rises, ρₜ = ρ (t − t₀ + 1)/ramp_steps up to ρ.
+        Default 0: none.
+      options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
+
+    Returns:
+      A transformation that comes first in an optimizer chain; see `sharpness_aware`. It
+      counts the steps in its state, so the second gradient is inside a `lax.cond`. To
+      compile a program for each part of the training instead, pass
+      `ascend=step >= start` as a Python bool: before `start`, the program is that of
+      the base optimizer.
+
+    Raises:
+      ValueError: if rho < 0, start < 0 or ramp_steps < 0.
+
+    Examples:
+      On f(w) = w² from w = 1, the first step is SGD's, 1 − 0.1 · 2, and the second one
+      SAM's, 0.8 − 0.1 · 2 · (0.8 + 0.5). Here each part has its own program.
+
+      >>> import functools, jax, jax.numpy as jnp, optax, sam_optax
+      >>> start = 1
+      >>> sam = sam_optax.late_sam(rho=0.5, start=start)
+      >>> tx = optax.chain(sam, optax.sgd(0.1))
+      >>> loss_and_grads = sam_optax.sam_value_and_grad(lambda w: w**2, sam)
+      >>> @functools.partial(jax.jit, static_argnames="ascend")
+      ... def train_step(w, opt_state, ascend):
+      ...     loss, grads = loss_and_grads(w, opt_state=opt_state, ascend=ascend)
+      ...     updates, opt_state = tx.update(grads, opt_state, w)
+      ...     return optax.apply_updates(w, updates), opt_state
+      >>> w = jnp.array(1.0)
+      >>> opt_state = tx.init(w)
+      >>> for step in range(2):
+      ...     w, opt_state = train_step(w, opt_state, ascend=step >= start)
+      ...     print(f"{w:.2f}")
+      0.80
+      0.54
+
+    References:
+      Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late
+      in Training <https://arxiv.org/abs/2410.10373>`_, ICLR 2025. The ramp is that of
+      the package temperon.
+
+    Differences from the package temperon 0.1.1: it is given the share of the steps that
+    take SAM, and their number, and rounds the first of them half to even. No epsilon is
+    added to the norm. Its epsilon is 1e-12.
+
+    Cost: 1 gradient a step before `start`, 2 from then on; no tree is carried.
+    """
+    ascent = sam_ascent(ramped(rho, start, ramp_steps))
+    return sharpness_aware(ascent, cadence=after(start), **options)
