@@ -52,7 +52,7 @@ from sam_optax.methods import usam as usam
 from sam_optax.methods import vasso as vasso
 from sam_optax.methods import wsam as wsam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

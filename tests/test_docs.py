@@ -21,7 +21,9 @@ from sam_optax import plot, sharpness
 from sam_optax.methods import _record
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in PAGES if "\n```python\n" in page.read_text()]
+assert len(WITH_CODE) > 20
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
@@ -42,7 +44,7 @@ def registry():
     _record._methods.update(before)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", WITH_CODE, ids=[page.stem for page in WITH_CODE])
 def test_the_code_of_a_page_runs_and_prints_what_it_says(page, capsys):
     blocks = FENCE.findall(page.read_text())
     assert any(language == "python" for language, _ in blocks)
@@ -56,12 +58,6 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page, capsys):
             assert_prints(printed, text)
             printed = ""
     assert not printed
-
-
-def test_the_readme_holds_the_tables_of_methods():
-    readme = (ROOT / "README.md").read_text()
-    assert sam_optax.methods.methods_table() in readme
-    assert sam_optax.methods.further_methods_table() in readme
 
 
 def test_every_method_is_registered_documented_and_public():
@@ -115,12 +111,6 @@ def test_links_between_pages_lead_somewhere():
                         for h in headings
                     ]
                     assert anchor in slugs, (page.name, target)
-
-
-def test_versions_agree():
-    version = sam_optax.__version__
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
 
 
 def test_the_core_imports_jax_and_optax_only():

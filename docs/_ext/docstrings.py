@@ -1,0 +1,45 @@
+"""Makes the docstrings of the library into valid reStructuredText.
+
+The docstrings are written to be read in a terminal as well: a bar stands for an
+absolute value there, and a star for a product. In reStructuredText both begin markup.
+"""
+
+import re
+from typing import Any
+
+# Inline code, inline roles and links, in which nothing is escaped.
+CODE = re.compile(r"(``.+?``|`[^`]+`_{0,2})", re.DOTALL)
+MATH = re.compile(r"^\s*\.\. math::")
+
+
+def prepare(lines: list[str]) -> list[str]:
+    """The lines of a docstring, with the bars and stars of the prose escaped.
+
+    Mathematics and doctests stay as they are.
+    """
+    result, inside = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if inside is not None and line.strip() and indent <= inside:
+            inside = None
+        if inside is None and (MATH.match(line) or line.rstrip().endswith("::")):
+            inside = indent
+        is_code = inside is not None or line.lstrip().startswith((">>>", "..."))
+        result.append(line if is_code else _escape(line))
+    return result
+
+
+def _escape(line: str) -> str:
+    parts = CODE.split(line)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"(?<!\\)([|*])", r"\\\1", parts[i])
+    return "".join(parts)
+
+
+def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]):
+    lines[:] = prepare(lines)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", _process, priority=400)
+    return {"parallel_read_safe": True}
