@@ -78,10 +78,14 @@ def look(page: Page, address: str) -> list[str]:
         if not request.url.startswith(("http://127.0.0.1", "data:", "blob:")):
             wrong.append(f"asks another host: {request.url}")
 
+    def failed(request):
+        if "ERR_ABORTED" not in request.failure:  # the page was left before it came
+            wrong.append(f"request failed: {request.url}")
+
     handlers = {
         "console": lambda m: wrong.append(m.text) if m.type == "error" else None,
         "pageerror": lambda error: wrong.append(str(error)),
-        "requestfailed": lambda r: wrong.append(f"request failed: {r.url}"),
+        "requestfailed": failed,
         "request": watch,
     }
     for event, handler in handlers.items():
