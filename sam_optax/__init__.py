@@ -30,6 +30,7 @@ from sam_optax.methods import fsam as fsam
 from sam_optax.methods import gradient_norm_penalty as gradient_norm_penalty
 from sam_optax.methods import gsam as gsam
 from sam_optax.methods import late_sam as late_sam
+from sam_optax.methods import layerwise_sam as layerwise_sam
 from sam_optax.methods import look_sam as look_sam
 from sam_optax.methods import mesa as mesa
 from sam_optax.methods import msam as msam
@@ -42,6 +43,7 @@ from sam_optax.methods import sam as sam
 from sam_optax.methods import sam_every_k as sam_every_k
 from sam_optax.methods import sam_full as sam_full
 from sam_optax.methods import sam_noise as sam_noise
+from sam_optax.methods import sam_on as sam_on
 from sam_optax.methods import sam_plus_gap as sam_plus_gap
 from sam_optax.methods import sampa as sampa
 from sam_optax.methods import ssam as ssam

@@ -29,6 +29,7 @@ from sam_optax.methods._asam import scale_by_magnitude
 from sam_optax.methods._by_layer import (
     by_label,
     normalize_by_leaf_norm,
+    scale_by_fans,
     scale_by_leaf_norm,
 )
 from sam_optax.methods._esam import mask_at_random, mask_leaves_at_random
@@ -49,6 +50,7 @@ from sam_optax.methods._sam_full import (
 )
 from sam_optax.methods._sam_full import sam_full_ascent as sam_full
 from sam_optax.methods._sam_full import sam_noise_ascent as sam_noise
+from sam_optax.methods._sam_on import layerwise_sam_ascent as layerwise_sam
 from sam_optax.methods._ssam import (
     drop_and_grow,
     keep_largest_fisher,
@@ -75,6 +77,7 @@ __all__ = [
     "given_direction",
     "keep_largest_fisher",
     "keep_largest_gradient",
+    "layerwise_sam",
     "mask_at_random",
     "mask_leaves_at_random",
     "mean_squared_gradients",
@@ -86,6 +89,7 @@ __all__ = [
     "sam",
     "sam_full",
     "sam_noise",
+    "scale_by_fans",
     "scale_by_inverse_root_fisher",
     "scale_by_leaf_norm",
     "scale_by_magnitude",

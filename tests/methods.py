@@ -91,6 +91,13 @@ def norm_of_matrices(epsilon, w, g, **values):
     return adaptive_norm(epsilon, w, g, is_adaptive=is_matrix, **values)
 
 
+def by_names(params):
+    """All that has a name, so that the same radius is seen as without a mask."""
+    if not isinstance(params, dict):
+        return True
+    return sam_optax.methods.mask_by_name("a", "b")(params)
+
+
 # --- The table.
 
 
@@ -220,6 +227,9 @@ TABLE = {
     "sampa_momentum": Row(
         "sampa", "learning_rate lam", MOMENTUM, point=0, **STEPS | COMPARES
     ),
+    # Its radius vanishes with the weights, which are zero where contracts look at it.
+    "layerwise_sam": Row("layerwise_sam", "eta", radius=None),
+    "sam_on": Row("sam_on", "", {"mask": by_names}),
     "random_sam": Row("random_sam", radius=None, **NOISE),
     "random_sam_normalized": Row("random_sam", "", {"normalized": True}, **NOISE),
     "rsam": Row("rsam", "sigma", radius=None, **NOISE),

@@ -115,10 +115,29 @@ def sam_tail(rho, tail_frac, rho_ramp_steps, total_steps):
     return sam_optax.late_sam(rho, start, ramp_steps=rho_ramp_steps)
 
 
+def sam_on(rho, perturbed, normalised, **switches):
+    """The switches are those of the authors' code, with the lists as their result."""
+    del normalised, switches
+    return sam_optax.sam_on(rho, mask={name: name in perturbed for name in NAMES})
+
+
+def layerwise_sam(rho, eta, p, perturbed, normalised, **switches):
+    del switches
+    return sam_optax.layerwise_sam(
+        rho,
+        eta,
+        p=float(p),
+        adaptive_mask={name: name in normalised for name in NAMES},
+        mask={name: name in perturbed for name in NAMES},
+    )
+
+
 MAKE = {
     "msam": sam_optax.msam,
     "sampa": sam_optax.sampa,
     "sam_tail": sam_tail,
+    "samon": sam_on,
+    "asamon": layerwise_sam,
     "esam": esam,
     "sam": sam_optax.sam,
     "sam_adaptive": lambda rho: sam_optax.asam(rho, eta=0.0),

@@ -38,6 +38,8 @@ from sam_optax.methods._multi_step_sam import multi_step_sam as multi_step_sam
 from sam_optax.methods._msam import msam as msam
 from sam_optax.methods._late_sam import late_sam as late_sam
 from sam_optax.methods._sampa import sampa as sampa
+from sam_optax.methods._sam_on import layerwise_sam as layerwise_sam
+from sam_optax.methods._sam_on import sam_on as sam_on
 from sam_optax.methods._sub_batch import sub_batch as sub_batch
 from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
 from sam_optax.methods._saf import saf as saf
@@ -53,3 +55,5 @@ from sam_optax.methods._record import Method as Method
 from sam_optax.methods._record import further_methods_table as further_methods_table
 from sam_optax.methods._record import methods_table as methods_table
 from sam_optax.methods._record import record as record
+from sam_optax.methods._sam_on import mask_by_name as mask_by_name
+from sam_optax.methods._sam_on import normalization_layers as normalization_layers

@@ -1,6 +1,7 @@
 """Radii by layer: a norm and a scale for each leaf, and an ascent for each label."""
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import require_params
-from sam_optax._masks import restrict
+from sam_optax._checks import check_number, require_params
+from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
+from sam_optax._masks import Mask, check_mask, resolve_mask, restrict
 from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
 
 Labels = Any  # a tree of labels, or a function of the parameters that returns one
@@ -48,19 +50,24 @@ def normalize_by_leaf_norm() -> Ascent:
     return Ascent.from_climb(optax.init_empty_state, climb)
 
 
-def scale_by_leaf_norm() -> optax.GradientTransformation:
-    r"""Multiplies each leaf by the norm of its weights: u_l ↦ ‖w_l‖ u_l.
+def scale_by_leaf_norm(
+    eta: ScalarOrSchedule = 0.0, *, adaptive_mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies each leaf by the norm of its weights: u_l ↦ ‖w_l‖ (1 + η) u_l.
 
     After `normalize_by_leaf_norm` and with `scale_by_rho`, ρ is then relative to each
     layer: ‖ε_l‖ = ρ ‖w_l‖. A leaf whose weights are all zero, such as a new bias, is
     not perturbed.
 
+    Args:
+      eta, adaptive_mask: those of the method `layerwise_sam`. Default 0 and None.
+
     Returns:
-      A stateless transformation that needs the parameters. It returns half-precision
-      leaves as float32.
+      A transformation that needs the parameters. It returns half-precision leaves as
+      float32.
 
     Raises:
-      ValueError: from `update`, if params is missing.
+      ValueError: if eta is negative, or, from `update`, if params is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,11 +76,95 @@ def scale_by_leaf_norm() -> optax.GradientTransformation:
       >>> tx.update(jnp.array([1.0, 0.0]), tx.init(w), w)[0].tolist()
       [5.0, 0.0]
     """
+    check_number("eta", eta, at_least=0)
+    check_mask("adaptive_mask", adaptive_mask)
+
+    def part(eta):
+        def rescale(updates, params):
+            require_params(params, "scale_by_leaf_norm")
+
+            def by_norm(u, w):
+                return _tree.scale(_tree.norm(w) * (1 + eta), u)
+
+            return _scale_leaves(by_norm, updates, params, adaptive_mask)
+
+        return optax.stateless(rescale)
+
+    return scheduled(part, eta=eta)
+
+
+def _scale_leaves(
+    rescale: Callable[[Any, Any], Any], updates: Any, params: Any, mask: Mask
+) -> Any:
+    """rescale(u_l, w_l) of each leaf where the mask is True; u_l elsewhere."""
+    updates = _tree.at_least_float32(updates)
+    if mask is None:
+        return jax.tree.map(rescale, updates, params)
+    return jax.tree.map(
+        lambda keep, u, w: rescale(u, w) if keep else u,
+        resolve_mask(mask, params),
+        updates,
+        params,
+    )
+
+
+def fans_of_kernel(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(fan_in, fan_out) of a kernel as Flax lays it out: the last axis are the outputs.
+
+    A vector is a matrix with one input.
+    """
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def scale_by_fans(
+    fans: Callable[[tuple[int, ...]], tuple[int, int]] = fans_of_kernel,
+) -> optax.GradientTransformation:
+    r"""Multiplies each leaf by √(fan_out/fan_in), the spectral scale of its shape.
+
+    A matrix whose spectral norm is of this size changes an activation as much as the
+    activation is large, whatever the width of the network. After
+    `normalize_by_leaf_norm` and with `scale_by_rho`, ‖ε_l‖ = ρ √(fan_out/fan_in), so
+    one ρ serves networks of several widths.
+
+    Args:
+      fans: a function from the shape of a leaf to (fan_in, fan_out). The default takes
+        the last axis for the outputs and the product of all others for the inputs, as
+        in Flax, and takes a vector for a matrix with one input. If you keep matrices as
+        (outputs, inputs), pass your own.
+
+    Returns:
+      A stateless transformation. It returns half-precision leaves as float32.
+
+    Raises:
+      ValueError: from `update`, if fans returns a number that is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import ascents
+      >>> tx, u = ascents.scale_by_fans(), jnp.ones((8, 2))
+      >>> print(tx.update(u, tx.init(u))[0][0])
+      [0.5 0.5]
+
+    References:
+      Yang et al., `A Spectral Condition for Feature Learning
+      <https://arxiv.org/abs/2310.17813>`_, 2023, and Haas et al., `Effective
+      Sharpness Aware Minimization Requires Layerwise Perturbation Scaling
+      <https://arxiv.org/abs/2411.00075>`_, 2024, which applies it to SAM.
+    """
 
     def rescale(updates, params):
-        require_params(params, "scale_by_leaf_norm")
-        updates = _tree.at_least_float32(updates)
-        return jax.tree.map(lambda u, w: _tree.scale(_tree.norm(w), u), updates, params)
+        del params
+
+        def by_fans(u):
+            fan_in, fan_out = fans(jnp.shape(u))
+            if not (fan_in > 0 and fan_out > 0):
+                raise ValueError(
+                    "fans must return two positive numbers, (fan_in, fan_out); for the "
+                    f"shape {jnp.shape(u)} it returned {(fan_in, fan_out)}."
+                )
+            return _tree.scale(math.sqrt(fan_out / fan_in), u)
+
+        return jax.tree.map(by_fans, _tree.at_least_float32(updates))
 
     return optax.stateless(rescale)
 
