@@ -22,23 +22,27 @@ from sam_optax.methods import METHODS as METHODS
 from sam_optax.methods import ae_look_sam as ae_look_sam
 from sam_optax.methods import ae_sam as ae_sam
 from sam_optax.methods import asam as asam
+from sam_optax.methods import cr_sam as cr_sam
 from sam_optax.methods import decoupled_wsam as decoupled_wsam
 from sam_optax.methods import esam as esam
 from sam_optax.methods import fasam as fasam
 from sam_optax.methods import fisher_sam as fisher_sam
 from sam_optax.methods import fsam as fsam
+from sam_optax.methods import gam as gam
 from sam_optax.methods import gradient_norm_penalty as gradient_norm_penalty
 from sam_optax.methods import gsam as gsam
 from sam_optax.methods import late_sam as late_sam
 from sam_optax.methods import layerwise_sam as layerwise_sam
 from sam_optax.methods import look_sam as look_sam
 from sam_optax.methods import mesa as mesa
+from sam_optax.methods import monge_sam as monge_sam
 from sam_optax.methods import msam as msam
 from sam_optax.methods import multi_step_sam as multi_step_sam
 from sam_optax.methods import random_sam as random_sam
 from sam_optax.methods import rsam as rsam
 from sam_optax.methods import rst as rst
 from sam_optax.methods import saf as saf
+from sam_optax.methods import sagm as sagm
 from sam_optax.methods import sam as sam
 from sam_optax.methods import sam_every_k as sam_every_k
 from sam_optax.methods import sam_full as sam_full
@@ -50,9 +54,11 @@ from sam_optax.methods import ssam as ssam
 from sam_optax.methods import stable_asam as stable_asam
 from sam_optax.methods import stable_sam as stable_sam
 from sam_optax.methods import stable_usam as stable_usam
+from sam_optax.methods import unified_sam as unified_sam
 from sam_optax.methods import usam as usam
 from sam_optax.methods import vasso as vasso
 from sam_optax.methods import wsam as wsam
+from sam_optax.methods import zsharp as zsharp
 
 __version__ = "0.2.0"
 

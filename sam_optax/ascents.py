@@ -43,6 +43,7 @@ from sam_optax.methods._msam import msam_ascent as msam
 from sam_optax.methods._multi_step_sam import ascend_repeatedly
 from sam_optax.methods._random_sam import ascend_from_noise, replace_by_noise
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
+from sam_optax.methods._sagm import sagm_ascent as sagm
 from sam_optax.methods._sam import sam_ascent as sam
 from sam_optax.methods._sam_full import (
     project_on_full_gradient,
@@ -57,9 +58,14 @@ from sam_optax.methods._ssam import (
     keep_largest_gradient,
     mean_squared_gradients,
 )
+from sam_optax.methods._unified_sam import monge_sam_ascent as monge_sam
+from sam_optax.methods._unified_sam import normalize_partly, shorten_by_slope
+from sam_optax.methods._unified_sam import unified_sam_ascent as unified_sam
 from sam_optax.methods._usam import usam_ascent as usam
 from sam_optax.methods._vasso import follow_ema
 from sam_optax.methods._vasso import vasso_ascent as vasso
+from sam_optax.methods._zsharp import keep_large_z_scores
+from sam_optax.methods._zsharp import zsharp_ascent as zsharp
 
 __all__ = [
     "against_momentum",
@@ -75,17 +81,21 @@ __all__ = [
     "following",
     "fsam",
     "given_direction",
+    "keep_large_z_scores",
     "keep_largest_fisher",
     "keep_largest_gradient",
     "layerwise_sam",
     "mask_at_random",
     "mask_leaves_at_random",
     "mean_squared_gradients",
+    "monge_sam",
     "msam",
     "normalize_by_global_norm",
     "normalize_by_leaf_norm",
+    "normalize_partly",
     "project_on_full_gradient",
     "replace_by_noise",
+    "sagm",
     "sam",
     "sam_full",
     "sam_noise",
@@ -94,8 +104,11 @@ __all__ = [
     "scale_by_leaf_norm",
     "scale_by_magnitude",
     "scale_by_rho",
+    "shorten_by_slope",
     "subtract_ema",
     "subtract_projection_on_full_gradient",
+    "unified_sam",
     "usam",
     "vasso",
+    "zsharp",
 ]

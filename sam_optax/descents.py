@@ -19,9 +19,20 @@ formulas of the papers. But in this form d is exactly g if the two gradients are
 and loses no digits if they are almost equal.
 """
 
+from sam_optax.methods._cr_sam import cr_sam_descent as cr_sam
 from sam_optax.methods._descent import blend
+from sam_optax.methods._gam import gam_descent as gam
 from sam_optax.methods._gsam import gsam_descent as gsam
+from sam_optax.methods._sagm import sagm_descent as sagm
 from sam_optax.methods._sampa import mix_with_lookahead
 from sam_optax.methods._stable_sam import renormalize
 
-__all__ = ["blend", "gsam", "mix_with_lookahead", "renormalize"]
+__all__ = [
+    "blend",
+    "cr_sam",
+    "gam",
+    "gsam",
+    "mix_with_lookahead",
+    "renormalize",
+    "sagm",
+]

@@ -31,6 +31,8 @@ VALUES = {
     "beta": (0.6, 0.8),
     "drop": (0.5, 0.2),
     "learning_rate": (0.1, 0.4),
+    "quantile": (0.9, 0.5),
+    "inner_rho": (0.05, 0.2),
 }
 
 
@@ -79,6 +81,14 @@ def sparse_norm(epsilon, w, g, **values):
     return norm(epsilon) * norm(g) / norm(kept)
 
 
+def unified_norm(epsilon, w, g, *, lam, **values):
+    return norm(epsilon) / ((1 - lam) * norm(g) + lam)
+
+
+def monge_norm(epsilon, w, g, **values):
+    return norm(epsilon) * float(jnp.hypot(jnp.float32(1), jnp.float32(norm(g))))
+
+
 def is_matrix(w):
     return w.ndim > 1
 
@@ -119,6 +129,9 @@ class Row:
       draws: whether it draws random numbers.
       descends_on_ga: whether d = gᵃ on a step that ascends.
       ascends_always: whether every step takes the second gradient.
+      length: that of d over that of g, where gᵃ = g.
+      zero: the hyperparameters without which it is the base optimizer.
+      bad: values that raise an error, where others do than those of most methods.
     """
 
     name: str
@@ -133,6 +146,9 @@ class Row:
     draws: bool = False
     descends_on_ga: bool = True
     ascends_always: bool = True
+    length: float = 1.0
+    zero: str = "rho"
+    bad: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def uses_gradient(self):
@@ -180,6 +196,10 @@ TABLE = {
     "fasam": Row("fasam", "eta sigma decay", **ADAPTIVE),
     "fasam_as_released": Row("fasam", "eta sigma decay", RELEASED, **ADAPTIVE),
     "usam": Row("usam", radius=relative_norm),
+    "unified_sam": Row("unified_sam", "lam", radius=unified_norm),
+    "monge_sam": Row("monge_sam", radius=monge_norm),
+    "zsharp": Row("zsharp", "quantile"),
+    "zsharp_as_released": Row("zsharp", "quantile", RELEASED, radius=None),
     "vasso": Row("vasso", "theta"),
     "fisher_sam": Row("fisher_sam", "eta", radius=fisher_norm),
     "sam_full": Row("sam_full", "decay"),
@@ -197,6 +217,27 @@ TABLE = {
     ),
     "wsam": Row("wsam", "gamma", {"gamma": 0.6}, **COMPARES),
     "gradient_norm_penalty": Row("gradient_norm_penalty", "alpha", **COMPARES),
+    "sagm": Row(
+        "sagm",
+        "alpha",
+        radius=None,
+        length=2.0,
+        zero="rho alpha",
+        **COMPARES,
+    ),
+    "sagm_as_released": Row(
+        "sagm", "alpha", RELEASED, None, zero="rho alpha", **COMPARES
+    ),
+    "cr_sam": Row("cr_sam", "gamma beta", point=0, bad={"gamma": -0.1}, **COMPARES),
+    "gam": Row(
+        "gam",
+        "inner_rho alpha beta gamma",
+        radius=None,
+        point=0,
+        zero="rho inner_rho",
+        bad={"gamma": -0.1},
+        **COMPARES,
+    ),
     "look_sam": Row("look_sam", "alpha", {"k": 2}, **SKIPS),
     "sam_every_k": Row("sam_every_k", "", {"k": 2}, **SKIPS),
     "rst": Row("rst", "probability", {"probability": 0.7}, draws=True, **SKIPS),

@@ -132,7 +132,45 @@ def layerwise_sam(rho, eta, p, perturbed, normalised, **switches):
     )
 
 
+def unified_sam(rho, lam):
+    if lam == "1-1/t":
+        return sam_optax.unified_sam(rho, lambda step: 1 - 1 / (step.astype(float) + 1))
+    return sam_optax.unified_sam(rho, lam)
+
+
+def gam(
+    grad_rho,
+    grad_norm_rho,
+    grad_beta_1,
+    grad_beta_2,
+    grad_beta_3,
+    grad_gamma,
+    adaptive,
+):
+    """Their weights have other sums than 1, which `build` makes good."""
+    above, below = grad_beta_1 + grad_beta_3, 1 + abs(grad_beta_2)
+    return sam_optax.gam(
+        grad_norm_rho,
+        grad_rho,
+        alpha=grad_beta_1 / above,
+        beta=1 / below,
+        gamma=grad_gamma * below / above,
+        adaptive=adaptive,
+    )
+
+
+def sagm(rho, alpha, adaptive):
+    del adaptive
+    return sam_optax.sagm(rho, alpha, as_released=True)
+
+
 MAKE = {
+    "unified_sam": unified_sam,
+    "sagm": sagm,
+    "crsam": sam_optax.cr_sam,
+    "zsharp": lambda rho, alpha: sam_optax.zsharp(rho, alpha, as_released=True),
+    "gam": gam,
+    "gam_adaptive": gam,
     "msam": sam_optax.msam,
     "sampa": sam_optax.sampa,
     "sam_tail": sam_tail,
@@ -197,6 +235,9 @@ def build(case, data):
     if case["method"] == "wsam":
         hyperparameters["decouple"] = False
     sam = MAKE[case["method"]](**hyperparameters)
+    if case["method"].startswith("gam"):
+        length = hyperparameters["grad_beta_1"] + hyperparameters["grad_beta_3"]
+        return sam, optax.chain(sam, optax.scale(length), optimizer)
     return sam, optax.chain(sam, optimizer)
 
 

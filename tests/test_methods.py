@@ -121,20 +121,22 @@ def test_the_radius_is_rho_at_every_loss_scale(lab):
 
 def test_without_a_radius_it_is_the_base_optimizer(lab):
     names = {"rsam": ["rho", "sigma"], "sampa": ["rho", "learning_rate"]}
-    nothing = dict.fromkeys(names.get(lab.row.name, ["rho"]), 0.0)
+    zero = names.get(lab.row.name, lab.row.zero.split())
+    nothing = dict.fromkeys(zero, 0.0)
     for ascend in cadences(lab.row):
         options = {"first": nothing, "switch": NEVER, "ascend": ascend}
         for t, (w, step) in enumerate(lab.run(4, **options)):
             if ascend:
                 assert not any(np.any(e) for e in jax.tree.leaves(step.epsilon))
             g = gradient(w, problem.batch(t))
+            g = jax.tree.map(lambda g: lab.row.length * g, g)
             labs.assert_trees_close(step.d, g, rtol=1e-4, atol=1e-5)
 
 
 def test_impossible_numbers_raise_when_building_and_schedules_pass(lab):
     for name in lab.row.values():
         unbounded = name in ("alpha", "lam", "threshold")
-        bad = {"decay": 1.0, "gamma": 1.0}.get(name, -0.1)
+        bad = {"decay": 1.0, "gamma": 1.0, **lab.row.bad}.get(name, -0.1)
         impossible = [float("nan")]
         impossible += [] if unbounded else [bad]
         impossible += [] if name == "maximum" else [float("inf")]
@@ -175,7 +177,9 @@ def test_equal_gradients_give_exactly_the_gradient(lab):
     for ascend in cadences(lab.row):
         options = {"is_linear": True, "switch": NEVER, "ascend": ascend}
         for t, (w, step) in enumerate(lab.run(3, **options)):
-            assert_trees_equal(step.d, gradient(w, problem.batch(t)))
+            g = gradient(w, problem.batch(t))
+            g = jax.tree.map(lambda g: lab.row.length * g, g)
+            assert_trees_equal(step.d, g)
 
 
 def test_a_zero_gradient_perturbs_nothing_and_spoils_nothing(lab):

@@ -13,6 +13,9 @@ from sam_optax.methods._asam import asam as asam
 from sam_optax.methods._friendly import fsam as fsam
 from sam_optax.methods._friendly import fasam as fasam
 from sam_optax.methods._usam import usam as usam
+from sam_optax.methods._unified_sam import unified_sam as unified_sam
+from sam_optax.methods._unified_sam import monge_sam as monge_sam
+from sam_optax.methods._zsharp import zsharp as zsharp
 from sam_optax.methods._gsam import gsam as gsam
 from sam_optax.methods._gsam import sam_plus_gap as sam_plus_gap
 from sam_optax.methods._stable_sam import stable_sam as stable_sam
@@ -20,6 +23,9 @@ from sam_optax.methods._stable_sam import stable_asam as stable_asam
 from sam_optax.methods._stable_sam import stable_usam as stable_usam
 from sam_optax.methods._wsam import wsam as wsam
 from sam_optax.methods._wsam import gradient_norm_penalty as gradient_norm_penalty
+from sam_optax.methods._sagm import sagm as sagm
+from sam_optax.methods._cr_sam import cr_sam as cr_sam
+from sam_optax.methods._gam import gam as gam
 from sam_optax.methods._fisher_sam import fisher_sam as fisher_sam
 from sam_optax.methods._vasso import vasso as vasso
 from sam_optax.methods._sam_full import sam_full as sam_full
