@@ -37,8 +37,8 @@ def gam_descent(
     with gᵢ = ∇L(wᵢ), h₊ = α gᵃ + (1 − α) g₃ and h₋ = β g + (1 − β) g₂.
 
     Args:
-      rho, inner_rho, alpha, beta, gamma, adaptive: those of the method `gam`. The ascent
-        must make ε with ‖ε‖ = ρ′. Default 0.2, 0.02, 0.5, 0.5, 0.03 and False.
+      rho, inner_rho, alpha, beta, gamma, adaptive: those of the method `gam`, whose
+        ascent makes ε with ‖ε‖ = ρ′. Default 0.2, 0.02, 0.5, 0.5, 0.03 and False.
       mask: the leaves that w₂ and w₃ move; that of the step. Default None: all.
 
     Returns:
