@@ -99,7 +99,8 @@ def look(page: Page, address: str) -> list[str]:
 
 def search(page: Page, root: str, word: str) -> list[str]:
     page.goto(f"{root}search.html?q={word}")
-    page.get_by_text("Search finished").wait_for(timeout=20_000)
+    page.wait_for_selector("p.search-summary:not(:empty)", timeout=20_000)
+    page.wait_for_timeout(1000)  # the results come one after the other
     count = page.locator("ul.search > li").count()
     print(f"the search finds {word!r} on {count} pages or names")
     return [] if count else [f"the search does not find {word!r}"]
