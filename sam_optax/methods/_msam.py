@@ -16,7 +16,7 @@ from sam_optax.methods._sam import sam_ascent
 class MomentumState(NamedTuple):
     """State of `against_momentum`."""
 
-    direction_momentum: optax.Updates  # like the parameters, at least float32
+    negative_momentum: optax.Updates  # −m; like the parameters, at least float32
 
 
 def against_momentum(
@@ -46,12 +46,12 @@ def against_momentum(
     def part(decay):
         def update_fn(updates, state, params=None):
             del updates, params
-            return _tree.scale(-1, state.direction_momentum), state
+            return state.negative_momentum, state
 
         def follow_fn(d, state, params):
             del params
-            kept = _tree.scale(decay, state.direction_momentum)
-            return MomentumState(_tree.add_scaled(kept, 1, d))
+            kept = _tree.scale(decay, state.negative_momentum)
+            return MomentumState(_tree.subtract(kept, d))
 
         return following(
             optax.GradientTransformation(_start_momentum, update_fn),
