@@ -7,12 +7,14 @@ one for those that the step descends on. The methods know nothing of rules: you 
 rule to `sam_value_and_grad` as `data=`, and it works with every method.
 
 In a rule, `batch.gradient(point)` and `batch.forward(point)` evaluate the loss at a
-point, with and without its gradient, and `batch.take(indices)` selects examples.
+point, with and without its gradient, `batch.take(indices)` selects examples, and
+`batch.weigh(weights)` weighs their losses.
 """
 
 from sam_optax._doors.batch import Batch, DataRule
 from sam_optax._step.inputs import Choice, Pass
 from sam_optax.methods._esam import largest_increase
+from sam_optax.methods._imbalanced import focal_sam, focal_weights, imb_sam
 from sam_optax.methods._k_sam import k_sam
 from sam_optax.methods._sub_batch import sub_batch
 
@@ -21,6 +23,9 @@ __all__ = [
     "Choice",
     "DataRule",
     "Pass",
+    "focal_sam",
+    "focal_weights",
+    "imb_sam",
     "k_sam",
     "largest_increase",
     "sub_batch",

@@ -164,7 +164,50 @@ def sagm(rho, alpha, adaptive):
     return sam_optax.sagm(rho, alpha, as_released=True)
 
 
+def by_class(labels_to_weights):
+    """A function of the examples, from one of the labels."""
+    return lambda x, y: labels_to_weights(y)
+
+
+def imbsam(tail_classes, tail_weight, **others):
+    assert tail_weight == 2.0
+    tail = jnp.asarray(tail_classes)
+    is_tail = by_class(lambda y: jnp.isin(y, tail))
+    return sam_optax.data.imb_sam(is_tail, as_released=True)
+
+
+def focalsam(flat_gamma, sharpness, cls_num_list, **others):
+    weights = sam_optax.data.focal_weights(cls_num_list, flat_gamma, sharpness)
+    return sam_optax.data.focal_sam(by_class(lambda y: weights[y]))
+
+
+def bisam(bound):
+    def ascent_loss(mu, alpha=0.1, **others):
+        def loss(params, x, y):
+            return sam_optax.bisam_loss(
+                logits(params, x), y, bound=bound, mu=mu, alpha=alpha
+            )
+
+        return loss
+
+    return ascent_loss
+
+
+# Options of the helpers that belong to a method: the name of one, and what makes it.
+OPTIONS = {
+    "imbsam": ("data", imbsam),
+    "focalsam": ("data", focalsam),
+    "bisam_log": ("ascent_loss_fn", bisam("log")),
+    "bisam_tanh": ("ascent_loss_fn", bisam("tanh")),
+}
+
+
+def sam_with_options(rho, **others):
+    return sam_optax.sam(rho)
+
+
 MAKE = {
+    **dict.fromkeys(OPTIONS, sam_with_options),
     "unified_sam": unified_sam,
     "sagm": sagm,
     "crsam": sam_optax.cr_sam,
@@ -260,10 +303,13 @@ def decay_after_the_step(share):
     )
 
 
+def logits(params, x):
+    return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+
+
 def losses(params, x, y):
     """One per example; the library takes the mean."""
-    logits = jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
 
 
 def mean_loss(params, x, y):
@@ -296,6 +342,10 @@ def test_reproduces_the_authors_trajectory(case, door):
     if is_sampa:
         options = {"batch_argnums": (1, 2)}
     with jax.enable_x64(True):
+        if case["method"] in OPTIONS:
+            option, make = OPTIONS[case["method"]]
+            options = {option: make(**case["hyperparameters"]), "batch_argnums": (1, 2)}
+            loss_fn = losses
         sam, tx = build(case, data)
         atol = 1e-6 if case["method"] in LARGER_EPSILON else 1e-10
         step = jax.jit(door(sam, tx, loss_fn, **options))

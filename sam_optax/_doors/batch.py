@@ -87,6 +87,26 @@ class Batch:
 
         return self.replace([jax.tree.map(take_leaf, tree) for tree in self.examples])
 
+    def weigh(self, weights: Any) -> "Batch":
+        """The same examples, with the loss of each multiplied by its weight."""
+        if jnp.shape(weights) != (self.size,):
+            raise ValueError(
+                f"The weights must be an array of shape ({self.size},), one for each "
+                f"example, got shape {jnp.shape(weights)}."
+            )
+
+        def weighted_loss(point, *args, **kwargs):
+            returned, aux = self._loss_fn(point, *args, **kwargs)
+            if jnp.shape(returned) != jnp.shape(weights):
+                raise ValueError(
+                    "To weigh examples, loss_fn must return one loss per example, of "
+                    f"shape {jnp.shape(weights)}, not their mean; the mean is taken "
+                    f"afterwards. It returned shape {jnp.shape(returned)}."
+                )
+            return returned * jnp.asarray(weights, returned.dtype), aux
+
+        return dataclasses.replace(self, _loss_fn=weighted_loss)
+
     def replace(self, examples: Sequence[Any]) -> "Batch":
         """Other examples, in the places of these."""
         args, kwargs = list(self._args), dict(self._kwargs)

@@ -47,6 +47,9 @@ from sam_optax.methods._sampa import sampa as sampa
 from sam_optax.methods._sam_on import layerwise_sam as layerwise_sam
 from sam_optax.methods._sam_on import sam_on as sam_on
 from sam_optax.methods._sub_batch import sub_batch as sub_batch
+from sam_optax.methods._imbalanced import imb_sam as imb_sam
+from sam_optax.methods._imbalanced import focal_sam as focal_sam
+from sam_optax.methods._bisam import bisam_loss as bisam_loss
 from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
 from sam_optax.methods._saf import saf as saf
 from sam_optax.methods._saf import mesa as mesa
