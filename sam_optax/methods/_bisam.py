@@ -62,8 +62,8 @@ def bisam_loss(
 
       >>> import jax.numpy as jnp, sam_optax
       >>> logits, labels = jnp.array([[0.0, 0.0], [0.0, 100.0]]), jnp.array([0, 0])
-      >>> print(sam_optax.bisam_loss(logits, labels).round(3))
-      [0.693 1.313]
+      >>> [round(float(x), 3) for x in sam_optax.bisam_loss(logits, labels)]
+      [0.693, 1.313]
 
       As the ascent loss of a linear model:
 
