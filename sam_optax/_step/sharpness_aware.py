@@ -29,7 +29,12 @@ from sam_optax._step.inputs import (
     warn_if_descends,
 )
 from sam_optax._step.path import Path
-from sam_optax._step.report import Report, report_of, report_without_ascent
+from sam_optax._step.report import (
+    AtPerturbed,
+    Report,
+    report_of,
+    report_without_ascent,
+)
 from sam_optax._step.sameness import Recipe
 
 
@@ -71,7 +76,9 @@ def sharpness_aware(
 
     Args:
       ascent: transformation g ↦ ε, such as `sam_optax.ascents.sam(rho)`. The namespace
-        `sam_optax.ascents` says what it receives. Its update runs on every step.
+        `sam_optax.ascents` says what it receives. Its update runs on every step. Of an
+        ascent that makes no use of g, such as `ascents.msam`, no gradient is taken at
+        w, unless something else uses it: a report, or a cadence that looks at it.
       descent: transformation gᵃ ↦ d, such as `sam_optax.descents.gsam()`. It must give
         d = g when gᵃ = g. Default None: d = gᵃ.
       cadence: on which steps the second gradient is taken, such as
@@ -83,7 +90,8 @@ def sharpness_aware(
       guard: values that are not finite appear in d and never in the state. If g is not
         finite, floats and masks in the state keep their old values, while counters and
         random keys advance. If the step also ascended, d becomes NaN, because a loss
-        can hide a NaN in w + ε. Default True.
+        can hide a NaN in w + ε. Where the ascent makes no use of g, d and ε are looked
+        at in its place. Default True.
 
         The guard costs a pass over g, to see whether it is finite. It costs nothing
         where the ascent takes a 2-norm that shows it (`sam`, `asam`, `fsam`, `fasam`,
@@ -120,6 +128,9 @@ def sharpness_aware(
       ValueError: from init, if the transformation is inside of `optax.masked` or
         `optax.partition`; from update, if params or grad_fn is missing, or grad_fn
         returns something that is not a gradient.
+        When building, if the descent compares gᵃ with g, and the ascent makes no use of
+        g; or if a part of the ascent follows d, and what it is wrapped in does not hand
+        d on.
       TypeError: if ascent or descent is a whole SAM transformation.
 
     Warns:
@@ -140,7 +151,8 @@ def sharpness_aware(
       >>> round(float(optax.apply_updates(w, updates)), 6)
       0.7
 
-    Cost: two gradients on a step that ascends, one on a step that does not.
+    Cost: two gradients on a step that ascends, one on a step that does not; one on each
+    step if neither the ascent nor anything else uses g.
     """
     check_axes(ascent, descent, cadence)
     recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
@@ -215,7 +227,7 @@ def sharpness_aware(
                 mean_d, there = per_group(path) if grouped is None else grouped
             # Under groups, this step from the means is only there for its state.
             own_d, descent_state = path.descent_step(
-                there.descent_gradient, g_descent, passes, perturbation
+                there, g_descent, passes, perturbation
             )
             d = _tree.cast_like(own_d if mean_d is None else mean_d, g)
             kept = cadence.remember(d, g_descent, cadence_state)
@@ -226,8 +238,9 @@ def sharpness_aware(
             here = path.plain_pass(g, passes)
             d = _tree.cast_like(cadence.substitute(here.gradient, cadence_state), g)
             # The descent runs as if gᵃ = g, only so that its counters go on.
+            there = AtPerturbed(here.gradient, loss=path.loss_for_descent(here))
             _, descent_state = path.descent_step(
-                here.gradient, here.gradient, passes, _tree.zeros_like(g)
+                there, here.gradient, passes, _tree.zeros_like(g)
             )
             measured = report_without_ascent(g, passes.loss) if is_measured else ()
             value = () if passes.value_slot is None else (here.loss, here.aux)
