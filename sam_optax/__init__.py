@@ -34,6 +34,7 @@ from sam_optax.methods import gradient_norm_penalty as gradient_norm_penalty
 from sam_optax.methods import gsam as gsam
 from sam_optax.methods import late_sam as late_sam
 from sam_optax.methods import layerwise_sam as layerwise_sam
+from sam_optax.methods import le_sam as le_sam
 from sam_optax.methods import look_sam as look_sam
 from sam_optax.methods import mesa as mesa
 from sam_optax.methods import monge_sam as monge_sam

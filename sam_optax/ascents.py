@@ -38,6 +38,7 @@ from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
 from sam_optax.methods._friendly import fasam_ascent as fasam
 from sam_optax.methods._friendly import fsam_ascent as fsam
 from sam_optax.methods._friendly import subtract_ema
+from sam_optax.methods._le_sam import le_sam_ascent as le_sam
 from sam_optax.methods._msam import against_momentum, given_direction
 from sam_optax.methods._msam import msam_ascent as msam
 from sam_optax.methods._multi_step_sam import ascend_repeatedly
@@ -85,6 +86,7 @@ __all__ = [
     "keep_largest_fisher",
     "keep_largest_gradient",
     "layerwise_sam",
+    "le_sam",
     "mask_at_random",
     "mask_leaves_at_random",
     "mean_squared_gradients",

@@ -18,7 +18,7 @@ import sam_optax
 VALUES = {
     "rho": (0.1, 0.3),
     "eta": (0.01, 0.1),
-    "sigma": (1.0, 0.5),
+    "sigma": (1.0, 0.1),
     "decay": (0.9, 0.5),
     "theta": (0.2, 0.9),
     "alpha": (0.4, 0.8),
@@ -83,6 +83,10 @@ def sparse_norm(epsilon, w, g, **values):
 
 def unified_norm(epsilon, w, g, *, lam, **values):
     return norm(epsilon) / ((1 - lam) * norm(g) + lam)
+
+
+def loss_norm(epsilon, w, g, *, rho, sigma, **values):
+    return rho * norm(epsilon) / min(rho, sigma / norm(g))
 
 
 def monge_norm(epsilon, w, g, **values):
@@ -198,6 +202,7 @@ TABLE = {
     "usam": Row("usam", radius=relative_norm),
     "unified_sam": Row("unified_sam", "lam", radius=unified_norm),
     "monge_sam": Row("monge_sam", radius=monge_norm),
+    "le_sam": Row("le_sam", "sigma", radius=loss_norm),
     "zsharp": Row("zsharp", "quantile"),
     "zsharp_as_released": Row("zsharp", "quantile", RELEASED, radius=None),
     "vasso": Row("vasso", "theta"),

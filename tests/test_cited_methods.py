@@ -53,6 +53,23 @@ def test_monge_sam_does_not_leave_the_range_of_floats():
         np.testing.assert_allclose(u, wanted, rtol=1e-6)
 
 
+# --- LE-SAM.
+
+
+def test_le_sam_raises_the_loss_by_sigma_as_far_as_the_radius_allows():
+    tx = ascents.le_sam(rho=2.0, sigma=0.5)
+    for slope, length in ((0.0, 0), (1e-30, 2), (0.1, 2), (0.5, 1), (5e30, 1e-31)):
+        g = {"a": jnp.array([0.6, -0.8]) * jnp.float32(slope)}
+        epsilon = tx.update(g, tx.init(g), g)[0]["a"]
+        np.testing.assert_allclose(epsilon, length * np.array([0.6, -0.8]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rho", "sigma"])
+def test_le_sam_refuses_negative_numbers(name):
+    with pytest.raises(ValueError, match=f"{name} must be >= 0"):
+        sam_optax.le_sam(**{name: -0.1})
+
+
 # --- SAGM.
 
 

@@ -15,6 +15,7 @@ from sam_optax.methods._friendly import fasam as fasam
 from sam_optax.methods._usam import usam as usam
 from sam_optax.methods._unified_sam import unified_sam as unified_sam
 from sam_optax.methods._unified_sam import monge_sam as monge_sam
+from sam_optax.methods._le_sam import le_sam as le_sam
 from sam_optax.methods._zsharp import zsharp as zsharp
 from sam_optax.methods._gsam import gsam as gsam
 from sam_optax.methods._gsam import sam_plus_gap as sam_plus_gap
