@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 generated_pages = importlib.import_module("generated_pages")
+docstrings = importlib.import_module("docstrings")
 sys.path.remove(str(DOCS / "_ext"))
 
 
@@ -124,6 +125,29 @@ def test_the_tables_in_markdown_have_a_row_for_every_method():
         for row, method in zip(rows, methods.values(), strict=True):
             assert f"| {method.title} | {method.equation} |" in row
             assert not method.url or f"[{method.source}]({method.url}) |" in row
+
+
+def test_docstrings_become_restructuredtext():
+    lines = """T = |w| + η, and `p*q` stays, as does ``|x|``.
+
+.. math::
+  T = |w|
+
+Differences from the authors' code, of which
+there is one:
+  1. Theirs divides by
+     |g|.
+
+>>> abs(-1 * 2)
+2""".splitlines()
+    assert docstrings.prepare(lines) == [
+        r"T = \|w\| + η, and `p*q` stays, as does ``|x|``.",
+        *lines[1:7],
+        "",
+        "1. Theirs divides by",
+        r"   \|g\|.",
+        *lines[9:],
+    ]
 
 
 @pytest.mark.slow

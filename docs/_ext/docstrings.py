@@ -2,6 +2,7 @@
 
 The docstrings are written to be read in a terminal as well: a bar stands for an
 absolute value there, and a star for a product. In reStructuredText both begin markup.
+And a list may stand below its paragraph, indented; there it needs an empty line.
 """
 
 import re
@@ -13,10 +14,29 @@ MATH = re.compile(r"^\s*\.\. math::")
 
 
 def prepare(lines: list[str]) -> list[str]:
-    """The lines of a docstring, with the bars and stars of the prose escaped.
+    """The lines of a docstring as reStructuredText.
 
-    Mathematics and doctests stay as they are.
+    The bars and stars of the prose are escaped; mathematics and doctests stay as they
+    are. A list of differences gets an empty line before it, and loses its indent.
     """
+    return _escape_prose(_set_lists_apart(lines))
+
+
+def _set_lists_apart(lines: list[str]) -> list[str]:
+    result: list[str] = []
+    indent = 0  # of the list that this line is in
+    for line in lines:
+        starts = re.match(r"(\s+)1\. ", line)
+        if starts and result and re.match(r"\S", result[-1]):
+            indent = len(starts[1])
+            result.append("")
+        elif line.strip() and not line.startswith(" " * indent):
+            indent = 0
+        result.append(line[indent:])
+    return result
+
+
+def _escape_prose(lines: list[str]) -> list[str]:
     result, inside = [], None
     for line in lines:
         indent = len(line) - len(line.lstrip())
