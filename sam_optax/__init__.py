@@ -36,10 +36,12 @@ from sam_optax.methods import late_sam as late_sam
 from sam_optax.methods import layerwise_sam as layerwise_sam
 from sam_optax.methods import le_sam as le_sam
 from sam_optax.methods import look_sam as look_sam
+from sam_optax.methods import lpf_sgd as lpf_sgd
 from sam_optax.methods import mesa as mesa
 from sam_optax.methods import monge_sam as monge_sam
 from sam_optax.methods import msam as msam
 from sam_optax.methods import multi_step_sam as multi_step_sam
+from sam_optax.methods import polyak_sam as polyak_sam
 from sam_optax.methods import random_sam as random_sam
 from sam_optax.methods import rsam as rsam
 from sam_optax.methods import rst as rst
@@ -56,7 +58,9 @@ from sam_optax.methods import ssam as ssam
 from sam_optax.methods import stable_asam as stable_asam
 from sam_optax.methods import stable_sam as stable_sam
 from sam_optax.methods import stable_usam as stable_usam
+from sam_optax.methods import tsam as tsam
 from sam_optax.methods import unified_sam as unified_sam
+from sam_optax.methods import universal_sam as universal_sam
 from sam_optax.methods import usam as usam
 from sam_optax.methods import vasso as vasso
 from sam_optax.methods import wsam as wsam

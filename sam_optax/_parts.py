@@ -236,10 +236,13 @@ class Descent(optax.GradientTransformationExtraArgs):
       compares: whether it compares gᵃ with g, the gradient at the parameters.
       for_ascent: state -> extra arguments of the next ascent, for a descent that finds
         what the ascent needs; or None.
+      uses_loss: whether it needs L(w + ε), which it then receives as the extra argument
+        `perturbed_loss`.
     """
 
     compares: bool = False
     for_ascent: Callable[[Any], dict[str, Any]] | None = None
+    uses_loss: bool = False
 
     @classmethod
     def of(
@@ -248,9 +251,11 @@ class Descent(optax.GradientTransformationExtraArgs):
         *,
         compares: bool = False,
         for_ascent: Callable[[Any], dict[str, Any]] | None = None,
+        uses_loss: bool = False,
     ) -> "Descent":
         own = cls(*optax.with_extra_args_support(descent))
         own.compares, own.for_ascent = compares, for_ascent
+        own.uses_loss = uses_loss
         return own
 
 

@@ -38,13 +38,15 @@ from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
 from sam_optax.methods._friendly import fasam_ascent as fasam
 from sam_optax.methods._friendly import fsam_ascent as fsam
 from sam_optax.methods._friendly import subtract_ema
+from sam_optax.methods._functional_sam import divide_by_root_of
 from sam_optax.methods._le_sam import le_sam_ascent as le_sam
+from sam_optax.methods._lpf_sgd import replace_by_filter_noise
 from sam_optax.methods._msam import against_momentum, given_direction
 from sam_optax.methods._msam import msam_ascent as msam
 from sam_optax.methods._multi_step_sam import ascend_repeatedly
 from sam_optax.methods._random_sam import ascend_from_noise, replace_by_noise
-from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 from sam_optax.methods._sagm import sagm_ascent as sagm
+from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 from sam_optax.methods._sam import sam_ascent as sam
 from sam_optax.methods._sam_full import (
     project_on_full_gradient,
@@ -75,6 +77,7 @@ __all__ = [
     "ascend_repeatedly",
     "by_label",
     "chain",
+    "divide_by_root_of",
     "drop_and_grow",
     "fasam",
     "fisher_sam",
@@ -96,6 +99,7 @@ __all__ = [
     "normalize_by_leaf_norm",
     "normalize_partly",
     "project_on_full_gradient",
+    "replace_by_filter_noise",
     "replace_by_noise",
     "sagm",
     "sam",

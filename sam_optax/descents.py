@@ -10,6 +10,8 @@ arguments:
   descents that take further gradients.
 - value_and_grad_fn: parameters -> (loss, gradient) there, for those that need losses.
 - ascent_grad_fn: like grad_fn, on the examples that ε is made from.
+- perturbed_loss: L(w + ε), for a descent that says that it uses it, as that of `tsam`
+  does.
 - perturb: (params, ε) -> w + ε, rounded as the step rounds it.
 - group: the index of the group of examples, or None.
 - the extra arguments of the step.
@@ -26,8 +28,11 @@ from sam_optax.methods._gsam import gsam_descent as gsam
 from sam_optax.methods._sagm import sagm_descent as sagm
 from sam_optax.methods._sampa import mix_with_lookahead
 from sam_optax.methods._stable_sam import renormalize
+from sam_optax.methods._tsam import tilt
+from sam_optax.methods._universal_sam import add_sharpness
 
 __all__ = [
+    "add_sharpness",
     "blend",
     "cr_sam",
     "gam",
@@ -35,4 +40,5 @@ __all__ = [
     "mix_with_lookahead",
     "renormalize",
     "sagm",
+    "tilt",
 ]

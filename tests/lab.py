@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import problem
+import sam_optax
 from doors import DOORS
 from methods import TABLE
 
@@ -63,6 +64,21 @@ def half_gradient(point, slope):
     )
 
 
+def half_loss(point, slope):
+    """In float32, of which `half_gradient` is the rounded gradient."""
+    terms = jax.tree.map(
+        lambda s, w: jnp.sum(s.astype(jnp.float32) * w + 5 * jnp.square(w)),
+        slope,
+        jax.tree.map(lambda w: w.astype(jnp.float32), point),
+    )
+    return sum(jax.tree.leaves(terms))
+
+
+def with_loss(loss, gradient):
+    """What a grad_fn may return, for the methods that need the loss as well."""
+    return sam_optax.data.Pass(loss, gradient)
+
+
 class Lab:
     """One method."""
 
@@ -91,8 +107,11 @@ class Lab:
 
             def grad_fn(point):
                 points.append(point)
-                there = jax.grad(problem.loss)(point, batch)
-                return jax.tree.map(lambda a, b: jnp.where(is_linear, a, b), g, there)
+                loss, there = jax.value_and_grad(problem.loss)(point, batch)
+                return with_loss(
+                    jnp.where(is_linear, optax.tree.vdot(g, point), loss),
+                    jax.tree.map(lambda a, b: jnp.where(is_linear, a, b), g, there),
+                )
 
             sam = self.scheduled(values, switch)
             d, state = sam.update(g, state, w, grad_fn=grad_fn, ascend=ascend)
@@ -152,7 +171,7 @@ class Lab:
 
             def grad_fn(point):
                 points.append(point)
-                return half_gradient(point, slope)
+                return with_loss(half_loss(point, slope), half_gradient(point, slope))
 
             sam = self.scheduled(mask=HALF_MASK)
             w = half_params()

@@ -30,6 +30,7 @@ VALUES = {
     "threshold": (9.0, -9.0),
     "beta": (0.6, 0.8),
     "drop": (0.5, 0.2),
+    "tilt": (1.0, 20.0),
     "learning_rate": (0.1, 0.4),
     "quantile": (0.9, 0.5),
     "inner_rho": (0.05, 0.2),
@@ -173,7 +174,7 @@ class Row:
     def static_args(self):
         """What `optax.inject_hyperparams` must leave alone."""
         counts = {"k", "steps", "sparsity", "drop", "refresh_every", "ramp_steps"}
-        counts |= {"momentum", "weight_decay", *self.kwargs}
+        counts |= {"momentum", "weight_decay", "samples", "half_width", *self.kwargs}
         counts &= set(inspect.signature(self.make).parameters)
         return sorted(counts - set(self.others.split()))
 
@@ -183,6 +184,7 @@ SKIPS = {"ascends_always": False}
 STEPS = {"follows": "steps", "since": 1}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
 NOISE = {"follows": "noise", "draws": True}
+UNIVERSAL = {"radius": None, "point": 0} | NOISE | COMPARES
 ADAPTIVE = {"radius": adaptive_norm}
 RELEASED = {"as_released": True}
 STABLE_ASAM = ADAPTIVE | COMPARES
@@ -279,6 +281,18 @@ TABLE = {
     "random_sam": Row("random_sam", radius=None, **NOISE),
     "random_sam_normalized": Row("random_sam", "", {"normalized": True}, **NOISE),
     "rsam": Row("rsam", "sigma", radius=None, **NOISE),
+    "lpf_sgd": Row("lpf_sgd", radius=None, **NOISE),
+    "tsam": Row("tsam", "sigma tilt", radius=None, point=1, **NOISE | COMPARES),
+    "universal_trace": Row("universal_sam", "lam", **UNIVERSAL),
+    "universal_determinant": Row(
+        "universal_sam", "lam", {"kind": "determinant"}, **UNIVERSAL
+    ),
+    "universal_frobenius": Row(
+        "universal_sam", "lam", {"kind": "frobenius", "samples": 3}, **UNIVERSAL
+    ),
+    "universal_as_released": Row(
+        "universal_sam", "lam", RELEASED | {"kind": "determinant"}, **UNIVERSAL
+    ),
     "multi_step_sam": Row(
         "multi_step_sam", "", {"steps": 3}, radius=None, follows="further"
     ),

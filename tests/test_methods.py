@@ -121,6 +121,7 @@ def test_the_radius_is_rho_at_every_loss_scale(lab):
 
 def test_without_a_radius_it_is_the_base_optimizer(lab):
     names = {"rsam": ["rho", "sigma"], "sampa": ["rho", "learning_rate"]}
+    names["tsam"] = ["rho", "sigma"]
     zero = names.get(lab.row.name, lab.row.zero.split())
     nothing = dict.fromkeys(zero, 0.0)
     for ascend in cadences(lab.row):
@@ -135,7 +136,7 @@ def test_without_a_radius_it_is_the_base_optimizer(lab):
 
 def test_impossible_numbers_raise_when_building_and_schedules_pass(lab):
     for name in lab.row.values():
-        unbounded = name in ("alpha", "lam", "threshold")
+        unbounded = name in ("alpha", "lam", "threshold", "tilt")
         bad = {"decay": 1.0, "gamma": 1.0, **lab.row.bad}.get(name, -0.1)
         impossible = [float("nan")]
         impossible += [] if unbounded else [bad]
@@ -157,10 +158,12 @@ def test_inject_hyperparams_leaves_static_arguments_static(lab):
 
     def two_steps(w):
         g, state = jax.tree.map(jnp.sin, w), tx.init(w)
+
+        def grad_fn(point):
+            return labs.with_loss(jnp.float32(0), jax.tree.map(jnp.sin, point))
+
         for _ in range(2):
-            d, state = tx.update(
-                g, state, w, grad_fn=lambda p: jax.tree.map(jnp.sin, p)
-            )
+            d, state = tx.update(g, state, w, grad_fn=grad_fn)
         return d, state.hyperparams
 
     d, hyperparams = jax.eval_shape(two_steps, problem.params())
@@ -311,7 +314,7 @@ def test_the_registry_counts_the_gradients_of_a_step(lab):
 
     def grad_fn(point):
         points.append(point)
-        return point
+        return labs.with_loss(jnp.float32(0), point)
 
     jax.eval_shape(
         lambda w: sam.update(w, sam.init(w), w, grad_fn=grad_fn, ascend=True), w

@@ -226,6 +226,7 @@ _OWN_ARGS = (
     "group",
     "perturb",
     "perturbation",
+    "perturbed_loss",
     "value_and_grad_fn",
 )
 

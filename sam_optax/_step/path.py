@@ -55,8 +55,9 @@ class Path:
         """gᵃ, and what a report measures at w + ε."""
         there = passes.descent(self._perturbed(self.params, perturbation, group))
         value = (there.loss, there.aux) if passes.value_slot is not None else ()
+        loss = self.loss_for_descent(there)
         if not self.is_measured:
-            return AtPerturbed(there.gradient, value)
+            return AtPerturbed(there.gradient, value, loss)
         perturbed_loss, unperturbed_loss = (
             jnp.float32(unknown()) if loss is UNKNOWN else _tree.at_least_float32(loss)
             for loss in (there.loss, there.unperturbed_loss)
@@ -64,6 +65,7 @@ class Path:
         return AtPerturbed(
             there.gradient,
             value,
+            loss,
             perturbed_loss,
             perturbed_loss - jnp.asarray(unperturbed_loss, perturbed_loss.dtype),
             _tree.norm(perturbation),
@@ -85,16 +87,25 @@ class Path:
             return Pass(UNKNOWN, g)
         return passes.seen._replace(gradient=g)
 
+    def loss_for_descent(self, there: Pass) -> Any:
+        """The loss of a pass if the descent uses it, else nothing."""
+        if not isinstance(self.descent, Descent) or not self.descent.uses_loss:
+            return ()
+        return _tree.at_least_float32(jnp.asarray(_known_loss(there)))
+
     def descent_step(
         self,
-        descent_gradient: optax.Updates,
+        there: AtPerturbed,
         g: optax.Updates,
         passes: Choice,
         perturbation: optax.Updates,
         group: Any = None,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """(d, the descent's next state) from gᵃ, and from g on the same examples."""
-        descent_gradient = _tree.at_least_float32(descent_gradient)
+        """(d, the descent's next state) from what was seen at w + ε, and from g.
+
+        g is that of the examples that the step descends on.
+        """
+        descent_gradient = _tree.at_least_float32(there.descent_gradient)
         if self.descent is None:
             return descent_gradient, self.state.descent_state
         extra_args = self._shared_args(passes.descent, group)
@@ -107,6 +118,7 @@ class Path:
             self.params,
             ascent_gradient=_tree.at_least_float32(g),
             perturbation=perturbation,
+            perturbed_loss=there.loss,
             ascent_grad_fn=ascent_grad_fn or extra_args["grad_fn"],
             **extra_args,
         )
@@ -119,9 +131,7 @@ class Path:
         perturbation, _, _ = self.ascent_step(g, passes, group)
         g_descent = self.compared_gradient(g, passes)
         there = self.evaluate(passes, perturbation, group)
-        d, _ = self.descent_step(
-            there.descent_gradient, g_descent, passes, perturbation, group
-        )
+        d, _ = self.descent_step(there, g_descent, passes, perturbation, group)
         return d, there
 
     def with_gradient(
@@ -157,13 +167,17 @@ def _gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
 def _value_and_gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
     def value_and_gradient(point):
         there = evaluate(point)
-        if there.loss is UNKNOWN:
-            raise ValueError(
-                "This method needs the loss beside each gradient, and grad_fn= returns "
-                "the gradient alone. Take the gradients with "
-                "sam_optax.sam_value_and_grad, or pass on the extra arguments that "
-                "sam_optax.value_and_ascent_grad returns."
-            )
-        return there.loss, there.gradient
+        return _known_loss(there), there.gradient
 
     return value_and_gradient
+
+
+def _known_loss(there: Pass) -> Any:
+    """The loss of a pass; an error if the caller of an update gave none."""
+    if there.loss is UNKNOWN:
+        raise ValueError(
+            "This method needs the loss beside each gradient, and grad_fn= returns the "
+            "gradient alone. Take the gradients with sam_optax.sam_value_and_grad, or "
+            "pass on the extra arguments that sam_optax.value_and_ascent_grad returns."
+        )
+    return there.loss

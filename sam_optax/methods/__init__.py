@@ -41,6 +41,9 @@ from sam_optax.methods._esam import largest_increase as largest_increase
 from sam_optax.methods._ssam import ssam as ssam
 from sam_optax.methods._random_sam import random_sam as random_sam
 from sam_optax.methods._random_sam import rsam as rsam
+from sam_optax.methods._lpf_sgd import lpf_sgd as lpf_sgd
+from sam_optax.methods._tsam import tsam as tsam
+from sam_optax.methods._universal_sam import universal_sam as universal_sam
 from sam_optax.methods._multi_step_sam import multi_step_sam as multi_step_sam
 from sam_optax.methods._msam import msam as msam
 from sam_optax.methods._late_sam import late_sam as late_sam
@@ -48,6 +51,7 @@ from sam_optax.methods._sampa import sampa as sampa
 from sam_optax.methods._sam_on import layerwise_sam as layerwise_sam
 from sam_optax.methods._sam_on import sam_on as sam_on
 from sam_optax.methods._sub_batch import sub_batch as sub_batch
+from sam_optax.methods._functional_sam import functional as functional
 from sam_optax.methods._imbalanced import imb_sam as imb_sam
 from sam_optax.methods._imbalanced import focal_sam as focal_sam
 from sam_optax.methods._bisam import bisam_loss as bisam_loss
@@ -55,6 +59,7 @@ from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
 from sam_optax.methods._saf import saf as saf
 from sam_optax.methods._saf import mesa as mesa
 from sam_optax.methods._decoupled_wsam import decoupled_wsam as decoupled_wsam
+from sam_optax.methods._polyak_sam import polyak_sam as polyak_sam
 # isort: on
 
 from sam_optax._step import Options as Options

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
@@ -55,7 +56,9 @@ def ascend_from_noise(
     ascent: optax.GradientTransformation,
     sigma: ScalarOrSchedule = 0.05,
     *,
+    radius: float | None = None,
     key: Key = 0,
+    name: str = "",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds Gaussian noise to the parameters, and ascends from there.
 
@@ -63,29 +66,34 @@ def ascend_from_noise(
       \delta \sim N(0, \sigma^2/p \cdot I), \qquad
       \varepsilon = \delta + \mathrm{ascent}(\nabla L(w + \delta))
 
-    for p parameters.
+    for p parameters. With a radius, longer δ are cut to it.
 
     Args:
       ascent: an ascent, such as `ascents.sam(rho)`.
       sigma: σ, the root of the expected squared norm of δ. Default 0.05.
+      radius: the largest ‖δ‖. Default None: there is none.
       key: an int, a typed key or a legacy one. Default 0.
+      name: two parts with the same key draw other numbers if their names differ.
+        Default "".
 
     Returns:
       A transformation that carries a key, and needs `grad_fn=` and the parameters. It
       does not use the gradient at w.
 
     Raises:
-      ValueError: if sigma is negative, or, from `update`, if params or grad_fn is
-        missing.
+      ValueError: if sigma or radius is negative, or, from `update`, if params or
+        grad_fn is missing.
     """
     check_number("sigma", sigma, at_least=0)
+    if radius is not None:
+        check_number("radius", radius, at_least=0)
     if follows(ascent) or not uses_gradient(ascent):
         raise ValueError(
             "ascend_from_noise gives the ascent the gradient at a random point, and "
             "this ascent follows something else than the gradient."
         )
     ascent = optax.with_extra_args_support(ascent)
-    keys = key_stream(key, "ascend_from_noise")
+    keys = key_stream(key, f"ascend_from_noise {name}".strip())
 
     def part(sigma):
         def init_fn(params):
@@ -105,7 +113,7 @@ def ascend_from_noise(
             require_grad_fn(grad_fn, "ascend_from_noise")
             now, later = keys.next(state.noise_key, group)
             share = sigma / math.sqrt(max(_tree.size(updates), 1))
-            noise = _tree.scale(share, _tree.normal_like(now, updates))
+            noise = _cut(_tree.scale(share, _tree.normal_like(now, updates)), radius)
             g = _tree.at_least_float32(grad_fn(perturb(params, noise)))
             extra |= {"grad_fn": grad_fn, "perturb": perturb, "group": group}
             extra["ascent_gradient"] = g
@@ -115,6 +123,16 @@ def ascend_from_noise(
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return scheduled(part, sigma=sigma, uses_gradient=False)
+
+
+def _cut(tree: optax.Updates, radius: float | None) -> optax.Updates:
+    """The tree, or what lies in its direction at the radius if it is longer."""
+    if radius is None:
+        return tree
+    size = _tree.norm(tree)
+    is_longer = size > radius
+    shrink = jnp.where(is_longer, radius / jnp.where(is_longer, size, 1), 1)
+    return _tree.scale(shrink, tree)
 
 
 @record(
