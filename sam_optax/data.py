@@ -14,6 +14,7 @@ point, with and without its gradient, `batch.take(indices)` selects examples, an
 from sam_optax._doors.batch import Batch, DataRule
 from sam_optax._step.inputs import Choice, Pass
 from sam_optax.methods._esam import largest_increase
+from sam_optax.methods._functional_sam import functional
 from sam_optax.methods._imbalanced import focal_sam, focal_weights, imb_sam
 from sam_optax.methods._k_sam import k_sam
 from sam_optax.methods._sub_batch import sub_batch
@@ -25,6 +26,7 @@ __all__ = [
     "Pass",
     "focal_sam",
     "focal_weights",
+    "functional",
     "imb_sam",
     "k_sam",
     "largest_increase",

@@ -52,6 +52,20 @@ class Batch:
         return Pass(loss, gradient, aux, self, returned)
 
     @property
+    def user_loss_fn(self) -> Callable[..., Any] | None:
+        """The loss_fn that the helper was given; None if a rule has changed it."""
+        return getattr(self._loss_fn, "loss_fn", None)
+
+    def call(self, function: Callable[..., Any], point: Any) -> Any:
+        """Another function of the arguments of loss_fn, with these examples."""
+        return function(point, *self._args, **self._kwargs)
+
+    def with_loss(self, loss_fn: Callable[..., Any]) -> "Batch":
+        """The same examples with another loss, of anything and these examples."""
+        has_aux = getattr(self._loss_fn, "has_aux", False)
+        return dataclasses.replace(self, _loss_fn=with_aux(loss_fn, has_aux))
+
+    @property
     def examples(self) -> list[Any]:
         """The arguments that hold examples, each a tree of arrays."""
         return [
@@ -139,13 +153,15 @@ def make_batch(
     return Batch(with_aux(loss_fn, has_aux), args, kwargs, slots)
 
 
-def with_aux(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class with_aux:
     """The user's loss_fn as one that returns (loss, aux)."""
 
-    def loss_with_aux(point, *args, **kwargs):
-        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
+    loss_fn: Callable[..., Any]
+    has_aux: bool
 
-    return loss_with_aux
+    def __call__(self, point: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return loss_and_aux(self.loss_fn(point, *args, **kwargs), self.has_aux)
 
 
 def _mean(loss: Any) -> jax.Array:
