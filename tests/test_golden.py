@@ -193,12 +193,20 @@ def bisam(bound):
     return ascent_loss
 
 
+def polyak_sam(rho, lam, f_star, gamma_b, weight_decay):
+    """(sam, tx): it is its own optimizer."""
+    return sam_optax.polyak_sam(
+        rho, lam, lower_bound=f_star, max_step=gamma_b, weight_decay=weight_decay
+    )
+
+
 # Options of the helpers that belong to a method: the name of one, and what makes it.
 OPTIONS = {
     "imbsam": ("data", imbsam),
     "focalsam": ("data", focalsam),
     "bisam_log": ("ascent_loss_fn", bisam("log")),
     "bisam_tanh": ("ascent_loss_fn", bisam("tanh")),
+    "sam_sps": ("value_at", lambda **others: "parameters"),  # for a grad_fn with losses
 }
 
 
@@ -248,6 +256,8 @@ MAKE = {
 def build(case, data):
     """(sam, tx) of a case."""
     base, hyperparameters = dict(case["base_optimizer"]), dict(case["hyperparameters"])
+    if case["method"] == "sam_sps":
+        return polyak_sam(**hyperparameters, weight_decay=base["weight_decay"])
     if base["lr"] == "lr_t":
         rates = jnp.asarray(data["lr_t"])
         base["lr"] = lambda step: rates[step]
