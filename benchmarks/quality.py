@@ -45,6 +45,8 @@ class Method(NamedTuple):
     rho: float | None
     cost: float | None
     data: sam_optax.data.DataRule | None = None  # what the two gradients see
+    decay: float | None = None  # of momentum-SAM
+    late: float | None = None  # the part of the steps, at their end, that may ascend
 
 
 HALF = sam_optax.data.largest_increase(0.5)
@@ -61,6 +63,10 @@ METHODS = {
     "k_sam": Method("sam", 0.2, 1 + FORWARD, sam_optax.data.k_sam(BATCH_SIZE // 2)),
     "mesa": Method(PLAIN, None, 1 + FORWARD),
     "random_sam": Method("random_sam", 24.0, 1 + FORWARD),
+    "msam_0": Method("msam", 1.4, 1, decay=0.0),
+    "msam_0.9": Method("msam", 1.4, 1, decay=0.9),
+    "late_sam_0.5": Method("late_sam", 0.8, 1.5, late=0.5),
+    "sub_batch_4": Method("sam", 1.0, 1 + 1 / 16, sam_optax.data.sub_batch(1 / 16)),
 }
 
 
@@ -91,11 +97,13 @@ def make_data(seed: int, noise: float):
 
 def make_training(method: str, epochs: int):
     """init: params -> state; step: state, (x, y) -> state, whether it ascended."""
-    name, rho, _, data = METHODS[method]
+    name, rho, _, data, decay, late = METHODS[method]
     sgd = optax.sgd(optax.cosine_decay_schedule(RATE, STEPS * epochs), momentum=0.9)
     if method == "mesa":
         return make_mesa(sgd)
-    hyper = {} if rho is None else {"rho": rho}
+    hyper: dict[str, Any] = {} if rho is None else {"rho": rho}
+    hyper |= {} if decay is None else {"decay": decay}
+    hyper |= {} if late is None else {"start": round((1 - late) * STEPS * epochs)}
     options: dict[str, Any] = {"data": data, "batch_argnums": (1, 2)}
     loss_fn = lambda *args: losses_of(MODEL, *args)[0]  # noqa: E731
     init, update = make_step(loss_fn, name, sgd, hyper, **options)

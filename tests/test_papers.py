@@ -74,6 +74,12 @@ def look_sam_ascends_on_4_of_20_steps(runs):
     return found == pytest.approx([1, 2, 2, 1.2])
 
 
+def momentum_sam_takes_one_gradient(runs):
+    cosines = runs.of(method="msam_0.9")[0]["probes"]["cosine"]
+    gradients = [1] * 3 + [2] * 3 + [1] * 3  # of three cases each
+    return runs.column("gradients") == gradients and -1 < min(cosines) < 1
+
+
 SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "learning_rates": ("", fastest_circles_less_with_stable_sam),
     "two_minima": ("", sam_ends_flatter),
@@ -83,6 +89,7 @@ SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "friendly": ("--seeds 1", lambda runs: runs.values("rho") == [None, 0.05]),
     "m_sharpness": ("--seeds 1 --ms 16", lambda runs: runs.values("noise") == [0, 40]),
     "gsam": ("--seeds 1", gap_estimates_the_curvature),
+    "one_gradient": ("--data {} --tasks mnist text", momentum_sam_takes_one_gradient),
     "which_method": ("--settings 1", look_sam_ascends_on_4_of_20_steps),
     "cifar10": ("--data {}", lambda runs: runs.column("gradients") == [1, 2]),
 }

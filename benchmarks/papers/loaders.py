@@ -1,6 +1,7 @@
-"""MNIST, CIFAR-10 and CIFAR-100, in the formats they are distributed in.
+"""MNIST, CIFAR-10 and CIFAR-100, in the formats they are distributed in; and a text.
 
-Each is read from a directory of the user's. Nothing is downloaded.
+Each is read from a directory of the user's, or comes with an installed package. Nothing
+is downloaded.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import pathlib
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pydoc_data import topics
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -37,6 +39,26 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return digits.images.astype(np.uint8), digits.target.astype(np.int32)
 
 
+def load_text() -> str:
+    """Some 465,000 characters of English: the topics of `help()` of this Python."""
+    return "\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def cut_text(
+    text: str, length: int, sizes: Sequence[int], seed: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """Parts of windows of a text, divided as in `split`, and the size of the alphabet.
+
+    A window is (characters, the characters that follow each), as integers. Windows do
+    not overlap.
+    """
+    alphabet, codes = np.unique(list(text), return_inverse=True)
+    count = (len(codes) - 1) // length
+    x = codes[: count * length].reshape(count, length).astype(np.int32)
+    y = codes[1 : count * length + 1].reshape(count, length).astype(np.int32)
+    return _divide(x, y, sizes, seed), len(alphabet)
+
+
 def split(
     images: np.ndarray, labels: np.ndarray, sizes: Sequence[int], seed: int, noise=0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -46,15 +68,19 @@ def split(
     first part, `noise` % of the labels are random, so that one in ten of them is right.
     """
     x = images.reshape(len(images), -1).astype(np.float32) / images.max()
+    parts = _divide(x, labels, sizes, seed)
+    replaced = round(sizes[0] * noise / 100)
+    parts[0][1][:replaced] = np.random.default_rng(seed).integers(0, 10, replaced)
+    return parts
+
+
+def _divide(x, y, sizes, seed):
     # Shuffled first, since MNIST's test set begins with its easier half.
     order = np.random.default_rng(0).permutation(len(x))
     rest, test = np.split(order, [sum(sizes)])
     shuffled = np.random.default_rng(seed).permutation(rest)
     places = np.split(shuffled, np.cumsum(sizes)[:-1])
-    parts = [(x[place], labels[place]) for place in (*places, test)]
-    replaced = round(sizes[0] * noise / 100)
-    parts[0][1][:replaced] = np.random.default_rng(seed).integers(0, 10, replaced)
-    return parts
+    return [(x[place], y[place]) for place in (*places, test)]
 
 
 # --- MNIST ----------------------------------------------------------------------------

@@ -134,12 +134,15 @@ def make_trainer(
     m: int | None = None,
     data: sam_optax.data.DataRule | None = None,
     watch: Callable[[sam_optax.Report], Any] = lambda report: report,
+    program: str = "epoch",
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
     `arguments`, of (loss_fn, params, key, index, x, y), gives further arguments of a
     step, where index says which examples are in the batch. `m` and `data` are those of
     `sam_value_and_grad`, and `watch` says what an epoch returns of each step's report.
+    `program` says what is compiled: an epoch, or a step for networks with convolutions,
+    which XLA makes slow in a loop on a CPU.
     """
 
     def loss_fn(params, x, y):
@@ -156,18 +159,26 @@ def make_trainer(
         params = model.init(key, x[:1])
         return State(params, build(hyper)[0](params), jnp.zeros((), jnp.int32))
 
-    @jax.jit
+    def one_step(carry, inputs, hyper, x, y):
+        index, key = inputs
+        more = arguments(loss_fn, carry[0], key, index, x, y) if arguments else {}
+        *carry, _, report = build(hyper)[1](*carry, x[index], y[index], **more)
+        return tuple(carry), watch(report)
+
+    compiled_step = jax.jit(one_step)
+
     def epoch(state, hyper, key, x, y):
-        _, step = build(hyper)
-
-        def body(carry, inputs):
-            index, key = inputs
-            more = arguments(loss_fn, carry[0], key, index, x, y) if arguments else {}
-            *carry, _, report = step(*carry, x[index], y[index], **more)
-            return tuple(carry), watch(report)
-
-        batches = draw_batches(jax.random.fold_in(key, state.epoch), len(x), batch_size)
-        carry, seen = jax.lax.scan(body, state[:2], batches)
+        key = jax.random.fold_in(key, state.epoch)
+        batches = draw_batches(key, len(x), batch_size)
+        if program == "epoch":
+            body = functools.partial(one_step, hyper=hyper, x=x, y=y)
+            carry, seen = jax.lax.scan(body, state[:2], batches)
+        else:
+            carry, steps = state[:2], []
+            for inputs in zip(*batches, strict=True):
+                carry, watched = compiled_step(carry, inputs, hyper, x, y)
+                steps.append(watched)
+            seen = jax.tree.map(lambda *values: jnp.stack(values), *steps)
         return State(*carry, state.epoch + 1), seen
 
     @jax.jit
@@ -175,4 +186,4 @@ def make_trainer(
         losses, logits = losses_of(model, state.params, x, y)
         return losses.mean(), 100 * jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
-    return Trainer(init, epoch, evaluate)
+    return Trainer(init, jax.jit(epoch) if program == "epoch" else epoch, evaluate)

@@ -2,7 +2,7 @@
 
     python benchmarks/papers/which_method.py --data DIRECTORY
 
-This trains SGD, every method of `sam_optax.METHODS`, and three data rules, with right
+This trains SGD, every method of `sam_optax.METHODS`, and some data rules, with right
 labels and with 40 % of the training labels replaced by random ones (one in ten of these
 is right by chance). SGD also runs for twice the epochs, which is the cost of SAM.
 MNIST's images are all from its test set, of which DIRECTORY has the files; without
@@ -10,9 +10,13 @@ MNIST's images are all from its test set, of which DIRECTORY has the files; with
 are divided anew for each.
 
 Every method chooses among eight settings by its mean accuracy on validation images, and
-is then tested on new seeds. For SGD these are eight learning rates; for the others, two
-learning rates times four radii, which are those of SAM times a number for the method,
-as RHOS and UNITS below say. What else a method has is as the library has it by default.
+is then tested on new seeds. For SGD these are eight learning rates; for `sgd_decay`,
+two learning rates times four weight decays; for the others, two learning rates times
+four radii, which are those of SAM times a number for the method, as RHOS and UNITS
+below say. What else a method has is as the library has it by default. `msam_0.5` is
+momentum-SAM with a decay of 0.5, `late_sam_0.3` is SAM on the last 30 % of the steps,
+and `sub_batch_4` takes the ascent gradient of 4 images. SAMPa is left out, because it
+has to know the schedule of the learning rate.
 
 Gradients are counted on the steps that take them, a forward pass as a third of one.
 Time is measured afterwards, in rounds in which every method trains for some 60 steps.
@@ -39,6 +43,8 @@ BATCH_SIZE = 64
 NOISES = [0, 40]  # % of the training labels
 ROUNDS, TIMED_STEPS = 15, 60
 
+WEIGHT_DECAY = 5e-4
+DECAYS = [2e-3, 5e-3, 1e-2, 2e-2]  # of the entry that chooses it
 SGD_RATES = [0.05, 0.1, 0.025, 0.2, 0.0125, 0.4, 0.006, 0.003]
 RATES = [0.1, 0.025]
 RHOS = [0.06, 0.12, 0.25, 0.5]
@@ -49,7 +55,9 @@ UNITS = {
     **dict.fromkeys(("asam", "fasam", "stable_asam"), 10),
     **dict.fromkeys(("usam", "stable_usam", "rst", "ae_sam"), 2),
     **{"sam_every_k": 3, "sam_plus_gap": 0.5, "wsam": 0.1, "random_sam": 40},
+    **{"msam": 4, "late_sam": 2},
 }
+VARIED = ("msam", "late_sam", "sampa")  # not with their defaults
 SIZES = {"digits": (700, 300), "mnist": (2000, 1000)}  # to train on, for validation
 WIDTHS = {"digits": (128, 128, 10), "mnist": (64, 64, 10)}
 FORWARD = 1 / 3  # of a gradient
@@ -68,28 +76,46 @@ class Entry(NamedTuple):
     passes: float = 2  # gradients of a step that ascends
     rule: sam_optax.data.DataRule | None = None  # which examples the two gradients see
     stretch: int = 1  # how many times the epochs of the others it trains
+    tries_decays: bool = False  # whether it chooses its weight decay
+    late: float = 1  # the part of the steps, at their end, that may ascend
+    options: tuple[tuple[str, float], ...] = ()  # further arguments of the method
 
     def settings(self) -> list[dict]:
+        if self.tries_decays:
+            pairs = itertools.product(DECAYS, RATES)
+            return [
+                {"learning_rate": rate, "rho": None, "weight_decay": decay}
+                for decay, rate in pairs
+            ]
         if self.method == PLAIN:
             return [{"learning_rate": rate, "rho": None} for rate in SGD_RATES]
         pairs = itertools.product(RHOS, RATES)
         return [{"learning_rate": rate, "rho": self.unit * rho} for rho, rate in pairs]
 
-    def hyper(self, setting: dict, key: jax.Array) -> dict:
+    def hyper(self, setting: dict, key: jax.Array, steps: int) -> dict:
         """With a key where the method draws, so that each seed has its own."""
         made = sam_optax.METHODS.get(self.method)
         draws = made and "key" in inspect.signature(made.make).parameters
-        more = {"key": jax.random.fold_in(key, 1)} if draws else {}
-        return setting_of(setting) | more
+        more: dict = {"key": jax.random.fold_in(key, 1)} if draws else {}
+        more |= {"start": round((1 - self.late) * steps)} if self.late < 1 else {}
+        return setting_of(setting) | more | dict(self.options)
 
     def epochs(self, task: str, steps: int) -> int:
         return self.stretch * math.ceil(steps / (SIZES[task][0] // BATCH_SIZE))
 
-    def trainer(self, task: str, epochs: int) -> Trainer:
-        base = decayed_sgd(epochs * (SIZES[task][0] // BATCH_SIZE))
+    def trainer(self, task: str, steps: int, weight_decay=WEIGHT_DECAY) -> Trainer:
+        base = decayed_sgd(steps, weight_decay)
         options = {"data": self.rule, "watch": ASCENDED}
         model = MLP(WIDTHS[task])
         return make_trainer(model, self.method, base, BATCH_SIZE, **options)
+
+
+def momentum_sam(decay: float) -> Entry:
+    return Entry("msam", UNITS["msam"], 1, options=(("decay", decay),))
+
+
+def late_sam(share: float) -> Entry:
+    return Entry("late_sam", UNITS["late_sam"], late=share)
 
 
 HALF, K = sam_optax.data.largest_increase(0.5), sam_optax.data.k_sam(BATCH_SIZE // 2)
@@ -99,10 +125,15 @@ ENTRIES = {
     **{
         name: Entry(name, UNITS.get(name, 1), PASSES.get(name, 2))
         for name in sam_optax.METHODS
+        if name not in VARIED
     },
+    "sgd_decay": Entry(PLAIN, tries_decays=True),
+    **{f"msam_{decay}": momentum_sam(decay) for decay in (0, 0.5, 0.9)},
+    **{f"late_sam_{share}": late_sam(share) for share in (0.3, 0.5)},
     "esam": Entry("esam", 1, 1.5 + FORWARD, HALF),  # with its mask
     "largest_increase": Entry("sam", 1, 1.5 + FORWARD, HALF),
     "sub_batch": Entry("sam", 1, 1.25, sam_optax.data.sub_batch(0.25)),
+    "sub_batch_4": Entry("sam", 2, 1 + 1 / 16, sam_optax.data.sub_batch(1 / 16)),
     "k_sam": Entry("sam", 1, 1 + FORWARD, K),
 }
 BASELINES = ["sgd", "sgd_twice", "sam"]
@@ -121,6 +152,7 @@ def clearly(runs: Runs, sam: Runs) -> str:
 
 
 class WhichMethod(Experiment):
+    same = ("tuning_seeds", "settings", "steps")
     options = arguments(
         data=(None, None, "directory with the files of MNIST, or else digits alone"),
         methods=(list(ENTRIES), ["sam", "look_sam"], "which to train"),
@@ -149,9 +181,12 @@ class WhichMethod(Experiment):
     def measure(self, on, method, task, seed=0, noise=0, round=None, **setting):
         """Accuracies in %, and what the training cost."""
         entry, steps, key = ENTRIES[method], self.args.steps, jax.random.key(seed)
-        trainer = entry.trainer(task, epochs := entry.epochs(task, steps))
+        epochs = entry.epochs(task, steps)
+        steps = epochs * (SIZES[task][0] // BATCH_SIZE)
+        decay = setting.get("weight_decay", WEIGHT_DECAY)
+        trainer = entry.trainer(task, steps, decay)
         images, *parts = split(*self.data[task], SIZES[task], seed, noise)
-        hyper = entry.hyper(setting or entry.settings()[0], key)
+        hyper = entry.hyper(setting or entry.settings()[0], key, steps)
         if on == "time":
             state = trainer.init(hyper, key, images[0])
             start = time.perf_counter()
@@ -195,6 +230,8 @@ class WhichMethod(Experiment):
             self.runs.of(on="time", task=group[-1]["task"]),
         )
         mine, sgd = (timed.column("seconds", method=method) for method in (name, "sgd"))
+        if len(mine) < len(sgd):  # of a command before, which --resume has kept
+            return ""
         return f"{ENTRIES[name].stretch * np.median(np.divide(mine, sgd)):.2f}"
 
     def setting(self, group, key):
