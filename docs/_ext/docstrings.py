@@ -5,11 +5,13 @@ absolute value there, and a star for a product. In reStructuredText both begin m
 And a list may stand below its paragraph, indented; there it needs an empty line.
 """
 
+import collections
 import re
 from typing import Any
 
 # Inline code, inline roles and links, in which nothing is escaped.
 CODE = re.compile(r"(``.+?``|`[^`]+`_{0,2})", re.DOTALL)
+FIELD = type(collections.namedtuple("Named", "field").field)
 MATH = re.compile(r"^\s*\.\. math::")
 
 
@@ -60,6 +62,14 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
     lines[:] = prepare(lines)
 
 
+def _skip(
+    app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leaves out the fields of named tuples: the docstring of the class has them."""
+    return True if isinstance(obj, FIELD) else None
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True}

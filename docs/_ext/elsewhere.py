@@ -128,8 +128,8 @@ class LinkCode(SphinxTransform):
         for literal in list(self.document.findall(nodes.literal)):
             text = literal.astext()
             target = self.METHODS.get(text, text)
-            linked = isinstance(literal.parent, nodes.reference | addnodes.pending_xref)
-            if linked or not self.NAME.fullmatch(target):
+            parents = nodes.reference | addnodes.pending_xref | nodes.title
+            if isinstance(literal.parent, parents) or not self.NAME.fullmatch(target):
                 continue
             link = addnodes.pending_xref(
                 "",

@@ -238,10 +238,15 @@ def _directive(module: types.ModuleType, name: str) -> Iterator[str]:
 
 
 def _example_page(path: pathlib.Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or path.stem
-    first, _, rest = docstring.partition("\n\n")
-    lines = [_heading(f"{path.stem}.py"), first, "", rest.replace("\n\n", "\n\n"), ""]
+    """What the docstring says, and the code after it."""
+    module = ast.parse(path.read_text())
+    lines = [_heading(path.name)]
+    for paragraph in (ast.get_docstring(module) or "").split("\n\n"):
+        if paragraph.startswith("    "):  # a command
+            lines += [".. code-block:: sh", ""]
+        lines += [paragraph, ""]
     lines += [f".. literalinclude:: ../../examples/{path.name}", "   :language: python"]
+    lines.append(f"   :lines: {(module.body[0].end_lineno or 0) + 2}-")
     return "\n".join(lines) + "\n"
 
 
