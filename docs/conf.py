@@ -43,7 +43,6 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_attr_annotations = False
-smartquotes = False  # they would make one dash of the two of an option
 
 html_theme = "furo"
 html_title = f"sam_optax {version}"

@@ -136,7 +136,7 @@ def test_docstrings_become_restructuredtext():
 Differences from the authors' code, of which
 there is one:
   1. Theirs divides by
-     |g|.
+     |g|, with --flag.
 
 >>> abs(-1 * 2)
 2""".splitlines()
@@ -145,7 +145,7 @@ there is one:
         *lines[1:7],
         "",
         "1. Theirs divides by",
-        r"   \|g\|.",
+        r"   \|g\|, with ``--flag``.",
         *lines[9:],
     ]
 

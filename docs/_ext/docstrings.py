@@ -55,6 +55,8 @@ def _escape(line: str) -> str:
     parts = CODE.split(line)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(?<!\\)([|*])", r"\\\1", parts[i])
+        # The two dashes of an option would become one long one.
+        parts[i] = re.sub(r"(?<!\S)(--[\w-]+)", r"``\1``", parts[i])
     return "".join(parts)
 
 
