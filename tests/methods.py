@@ -204,7 +204,7 @@ TABLE = {
     "usam": Row("usam", radius=relative_norm),
     "unified_sam": Row("unified_sam", "lam", radius=unified_norm),
     "monge_sam": Row("monge_sam", radius=monge_norm),
-    "le_sam": Row("le_sam", "sigma", radius=loss_norm),
+    "le_sam": Row("le_sam", "sigma", {"sigma": 1.0}, loss_norm),
     "zsharp": Row("zsharp", "quantile"),
     "zsharp_as_released": Row("zsharp", "quantile", RELEASED, radius=None),
     "vasso": Row("vasso", "theta"),
