@@ -199,3 +199,31 @@ def test_further_gradients_need_a_grad_fn(name):
 def test_gam_refuses_negative_numbers(name):
     with pytest.raises(ValueError, match=f"{name} must be"):
         sam_optax.gam(**{name: -0.1})
+
+
+# --- What they cost.
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unified_sam", "monge_sam", "le_sam", "sagm", "cr_sam", "gam", "polyak_sam"],
+)
+def test_the_compiler_counts_the_gradients_of_the_record(name):
+    """In operations of a plain gradient, through the door that knows the losses."""
+
+    def loss(w, x):
+        return jnp.mean(jnp.square(jnp.tanh(x @ w["in"]) @ w["out"]))
+
+    def flops(function):
+        return jax.jit(function).lower(w, x).compile().cost_analysis()["flops"]
+
+    x = jnp.ones((256, 64))
+    w = {"in": jnp.ones((64, 64)), "out": jnp.ones((64, 64))}
+    if name in sam_optax.METHODS:
+        method = sam_optax.METHODS[name]
+        sam, counted = method.make(), method.gradients()
+    else:
+        (sam, _), counted = getattr(sam_optax, name)(), 2
+    helper = sam_optax.sam_value_and_grad(loss, sam)
+    cost = flops(lambda w, x: helper(w, x, opt_state=sam.init(w))[1].gradients)
+    assert cost / flops(jax.grad(loss)) == pytest.approx(counted, rel=0.06)
