@@ -24,28 +24,34 @@ import hypothesis
 import jax
 import pytest
 
-from methods import KINDS, TABLE
+from methods import FAST, FIRST, KINDS, TABLE
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("suite")
 
-ONE_OF_EACH_KIND = [
-    pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
-    for name in TABLE
-]
+
+def slow_but_for(some, names):
+    return [
+        pytest.param(name, marks=() if name in some else pytest.mark.slow)
+        for name in names
+    ]
 
 
-@pytest.fixture(params=TABLE, scope="module")
+ROWS = slow_but_for(FAST, TABLE)
+ONE_OF_EACH_KIND = slow_but_for(KINDS, dict.fromkeys((*KINDS, *FIRST)))
+
+
+@pytest.fixture(params=ROWS, scope="module")
 def name(request):
-    """Every row of the table: for what a method could get wrong."""
+    """Every row of the table, most with -m slow: for what a method could get wrong."""
     return request.param
 
 
 @pytest.fixture(params=ONE_OF_EACH_KIND, scope="module")
 def kind(request):
-    """One row of each kind, and the others with -m slow: for what the core does."""
+    """One row of each kind, and of each method with -m slow: for what the core does."""
     return request.param
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import sam_optax
 
@@ -67,6 +68,17 @@ def adaptive_norm(epsilon, w, g, *, eta, is_adaptive=lambda w: True, **values):
 
 def relative_norm(epsilon, w, g, **values):
     return norm(epsilon) / norm(g)
+
+
+def norm_along_g(epsilon, w, g, **values):
+    """Of ε, where the rest lies across g."""
+    flat = [
+        np.concatenate(
+            [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)]
+        )
+        for t in (epsilon, g)
+    ]
+    return float(flat[0] @ flat[1] / np.linalg.norm(flat[1]))
 
 
 def fisher_norm(epsilon, w, g, *, eta, **values):
@@ -134,6 +146,9 @@ class Row:
       draws: whether it draws random numbers.
       descends_on_ga: whether d = gᵃ on a step that ascends.
       ascends_always: whether every step takes the second gradient.
+      needs_loss: whether it needs the loss beside each gradient.
+      own_values: the two values of hyperparameters for which those of VALUES do not do.
+      counts_products: whether the record counts products with the Hessian as well.
       length: that of d over that of g, where gᵃ = g.
       zero: the hyperparameters without which it is the base optimizer.
       bad: values that raise an error, where others do than those of most methods.
@@ -151,6 +166,9 @@ class Row:
     draws: bool = False
     descends_on_ga: bool = True
     ascends_always: bool = True
+    needs_loss: bool = False
+    own_values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    counts_products: bool = False
     length: float = 1.0
     zero: str = "rho"
     bad: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -169,7 +187,8 @@ class Row:
 
     def values(self, which=0):
         """One of the two values of every hyperparameter that may be a schedule."""
-        return {name: VALUES[name][which] for name in ("rho", *self.others.split())}
+        known = VALUES | self.own_values
+        return {name: known[name][which] for name in ("rho", *self.others.split())}
 
     def static_args(self):
         """What `optax.inject_hyperparams` must leave alone."""
@@ -184,7 +203,10 @@ SKIPS = {"ascends_always": False}
 STEPS = {"follows": "steps", "since": 1}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
 NOISE = {"follows": "noise", "draws": True}
-UNIVERSAL = {"radius": None, "point": 0} | NOISE | COMPARES
+# The sharpness is divided by powers of rho, and its gradient is large.
+UNIVERSAL = {"radius": None, "point": 0, "own_values": {"lam": (1e-4, 3e-4)}}
+UNIVERSAL |= NOISE | COMPARES
+LOSS = {"needs_loss": True}
 ADAPTIVE = {"radius": adaptive_norm}
 RELEASED = {"as_released": True}
 STABLE_ASAM = ADAPTIVE | COMPARES
@@ -282,16 +304,22 @@ TABLE = {
     "random_sam_normalized": Row("random_sam", "", {"normalized": True}, **NOISE),
     "rsam": Row("rsam", "sigma", radius=None, **NOISE),
     "lpf_sgd": Row("lpf_sgd", radius=None, **NOISE),
-    "tsam": Row("tsam", "sigma tilt", radius=None, point=1, **NOISE | COMPARES),
+    "tsam": Row("tsam", "sigma tilt", radius=None, point=1, **NOISE | COMPARES | LOSS),
     "universal_trace": Row("universal_sam", "lam", **UNIVERSAL),
     "universal_determinant": Row(
-        "universal_sam", "lam", {"kind": "determinant"}, **UNIVERSAL
+        "universal_sam", "lam", {"kind": "determinant"}, **UNIVERSAL | LOSS
     ),
     "universal_frobenius": Row(
-        "universal_sam", "lam", {"kind": "frobenius", "samples": 3}, **UNIVERSAL
+        "universal_sam", "lam", {"kind": "frobenius", "samples": 3}, **UNIVERSAL | LOSS
     ),
     "universal_as_released": Row(
-        "universal_sam", "lam", RELEASED | {"kind": "determinant"}, **UNIVERSAL
+        "universal_sam", "lam", RELEASED | {"kind": "determinant"}, **UNIVERSAL | LOSS
+    ),
+    "eigen_sam": Row(
+        "eigen_sam", "alpha", {"k": 2}, norm_along_g, counts_products=True
+    ),
+    "eigen_sam_as_released": Row(
+        "eigen_sam", "alpha", RELEASED | {"k": 2}, radius=None, counts_products=True
     ),
     "multi_step_sam": Row(
         "multi_step_sam", "", {"steps": 3}, radius=None, follows="further"
@@ -304,5 +332,16 @@ assert {row.make for row in TABLE.values()} == {
 }
 
 # Nothing carried, an argument that chooses code, a carried average, a descent that
-# compares the two gradients, a cadence, and random numbers.
-KINDS = ("sam", "asam_mask", "fsam", "gsam", "look_sam", "esam")
+# compares the two gradients, a cadence, random numbers, and an ascent that follows d.
+KINDS = ("sam", "asam_mask", "fsam", "gsam", "look_sam", "esam", "msam")
+
+# The rows whose contracts run without -m slow: a part in each of them is in no other.
+FAST = (
+    *KINDS,
+    *("sam_p_3", "fisher_sam", "vasso", "sam_full", "stable_sam", "zsharp"),
+    *("cr_sam", "rst", "ae_sam", "ssam_dynamic", "late_sam_ramp", "sampa_momentum"),
+    *("rsam", "tsam", "multi_step_sam"),
+)
+
+# The first row of each method.
+FIRST = tuple({row.name: name for name, row in reversed(TABLE.items())}.values())
