@@ -24,6 +24,16 @@ class PolyakState(NamedTuple):
     polyak_step: jax.Array  # shape=(), at least float32
 
 
+class PolyakOptimizerState(NamedTuple):
+    """State of the optimizer of `polyak_sam`.
+
+    It is not that of the SAM transformation alone, so that `sam_value_and_grad` can
+    tell the two apart, and refuse the optimizer.
+    """
+
+    sharpness_state: Any  # SharpnessAwareState, which holds the step size
+
+
 def measure_polyak_step(lower_bound: Any, max_step: Any) -> Descent:
     """The descent d = gᵃ. Its state is Polyak's step size, for use as learning rate."""
 
@@ -150,15 +160,19 @@ def polyak_sam(
         stochastic_rounding=stochastic_rounding,
     )
 
+    def init_fn(params: optax.Params) -> PolyakOptimizerState:
+        return PolyakOptimizerState(sam.init(params))
+
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, PolyakOptimizerState]:
         new: Any
-        d, new = sam.update(updates, state, params, **extra_args)
+        d, new = sam.update(updates, state.sharpness_state, params, **extra_args)
         decayed = _tree.at_least_float32(d)
         if weight_decay:
             decayed = _tree.add_scaled(decayed, weight_decay, params)
         step = new.descent_state.polyak_step
-        return _tree.cast_like(_tree.scale(-step, decayed), d), new
+        update = _tree.cast_like(_tree.scale(-step, decayed), d)
+        return update, PolyakOptimizerState(new)
 
-    return sam, optax.GradientTransformationExtraArgs(sam.init, update_fn)
+    return sam, optax.GradientTransformationExtraArgs(init_fn, update_fn)
