@@ -25,6 +25,8 @@ from sam_optax.methods import asam as asam
 from sam_optax.methods import bisam_loss as bisam_loss
 from sam_optax.methods import cr_sam as cr_sam
 from sam_optax.methods import decoupled_wsam as decoupled_wsam
+from sam_optax.methods import eigen_sam as eigen_sam
+from sam_optax.methods import entropy_sgd as entropy_sgd
 from sam_optax.methods import esam as esam
 from sam_optax.methods import fasam as fasam
 from sam_optax.methods import fisher_sam as fisher_sam
@@ -36,6 +38,7 @@ from sam_optax.methods import late_sam as late_sam
 from sam_optax.methods import layerwise_sam as layerwise_sam
 from sam_optax.methods import le_sam as le_sam
 from sam_optax.methods import look_sam as look_sam
+from sam_optax.methods import lookbehind_sam as lookbehind_sam
 from sam_optax.methods import lpf_sgd as lpf_sgd
 from sam_optax.methods import mesa as mesa
 from sam_optax.methods import monge_sam as monge_sam

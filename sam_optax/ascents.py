@@ -32,6 +32,8 @@ from sam_optax.methods._by_layer import (
     scale_by_fans,
     scale_by_leaf_norm,
 )
+from sam_optax.methods._eigen_sam import eigen_sam_ascent as eigen_sam
+from sam_optax.methods._eigen_sam import lean_to_eigenvector
 from sam_optax.methods._esam import mask_at_random, mask_leaves_at_random
 from sam_optax.methods._fisher_sam import fisher_sam_ascent as fisher_sam
 from sam_optax.methods._fisher_sam import scale_by_inverse_root_fisher
@@ -79,6 +81,7 @@ __all__ = [
     "chain",
     "divide_by_root_of",
     "drop_and_grow",
+    "eigen_sam",
     "fasam",
     "fisher_sam",
     "follow_ema",
@@ -90,6 +93,7 @@ __all__ = [
     "keep_largest_gradient",
     "layerwise_sam",
     "le_sam",
+    "lean_to_eigenvector",
     "mask_at_random",
     "mask_leaves_at_random",
     "mean_squared_gradients",

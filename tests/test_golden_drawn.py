@@ -177,3 +177,35 @@ def test_universal_sam(case, door, monkeypatch):
         keys = folded(keys_of("universal_sam", STEPS), values["samples"])
         with stored_noise(monkeypatch, keys, noise, draw):
             assert_reproduces(case, data, sam, door)
+
+
+@with_doors
+@pytest.mark.parametrize("case", drawn_in(["entropysgd"]))
+def test_entropy_sgd(case, door, monkeypatch):
+    data, values = np.load(GOLDEN / case["file"]), dict(case["hyperparameters"])
+    base = case["base_optimizer"]
+    options = {
+        "steps": values["L"],
+        "walk_rate": values["langevin_lr"],
+        "decay": values["langevin_beta"],
+        "momentum": values["momentum"],
+    }
+    with jax.enable_x64(True):
+        sam = sam_optax.entropy_sgd(
+            values["gamma"], values["noise"], **options, as_released=True
+        )
+        tx = optax.chain(
+            sam, optax.sgd(base["lr"], base["momentum"] or None, nesterov=True)
+        )
+        step = jax.jit(door(sam, tx, mean_loss))
+        params = start_of(data)
+        state = tx.init(params)
+        if base["momentum"]:  # theirs starts at the first gradient of the loss
+            first = jax.grad(mean_loss)(params, data["X"][0], data["y"][0])
+            state = optax.tree.set(state, trace=first)
+        keys = folded(keys_of("entropy_sgd", STEPS), values["L"])
+        with stored_noise(monkeypatch, keys, noise_of(data)):
+            for t, batch in enumerate(zip(data["X"], data["y"], strict=True)):
+                params, state, loss = step(params, state, *batch)
+                np.testing.assert_allclose(loss, data["loss"][t], rtol=0, atol=1e-10)
+                assert_at(params, data, t)

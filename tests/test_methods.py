@@ -308,6 +308,8 @@ def test_one_program_whatever_the_values(lab):
 
 
 def test_the_registry_counts_the_gradients_of_a_step(lab):
+    if lab.row.counts_products:
+        pytest.skip("a product with the Hessian is not a call of grad_fn")
     method, kwargs = sam_optax.METHODS[lab.row.name], lab.row.kwargs
     counted, points = method.gradients(**kwargs), []
     sam, w = lab.row(), problem.params()

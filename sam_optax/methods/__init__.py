@@ -41,6 +41,7 @@ from sam_optax.methods._esam import largest_increase as largest_increase
 from sam_optax.methods._ssam import ssam as ssam
 from sam_optax.methods._random_sam import random_sam as random_sam
 from sam_optax.methods._random_sam import rsam as rsam
+from sam_optax.methods._eigen_sam import eigen_sam as eigen_sam
 from sam_optax.methods._lpf_sgd import lpf_sgd as lpf_sgd
 from sam_optax.methods._tsam import tsam as tsam
 from sam_optax.methods._universal_sam import universal_sam as universal_sam
@@ -59,6 +60,8 @@ from sam_optax.methods._saf import TrajectoryLoss as TrajectoryLoss
 from sam_optax.methods._saf import saf as saf
 from sam_optax.methods._saf import mesa as mesa
 from sam_optax.methods._decoupled_wsam import decoupled_wsam as decoupled_wsam
+from sam_optax.methods._lookbehind_sam import lookbehind_sam as lookbehind_sam
+from sam_optax.methods._entropy_sgd import entropy_sgd as entropy_sgd
 from sam_optax.methods._polyak_sam import polyak_sam as polyak_sam
 # isort: on
 
