@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.image import imread
 
 import sam_optax
 
@@ -170,3 +171,13 @@ def test_the_site_builds_without_a_network_and_documents_every_name(tmp_path):
     objects = {name for kind in found.data.values() for name in kind}
     for name, texts in generated_pages.pages().items():
         assert set(names_on(texts)) <= objects, name
+
+
+@pytest.mark.slow
+def test_the_gallery_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    importlib.import_module("gallery").main(["--quick", "--output", str(tmp_path)])
+    shown = {path.name for path in (DOCS / "figures").glob("gallery-*.png")}
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    for path in tmp_path.iterdir():
+        assert imread(path).std() > 0.05, path.name
