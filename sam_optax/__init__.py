@@ -23,6 +23,7 @@ from sam_optax.methods import ae_look_sam as ae_look_sam
 from sam_optax.methods import ae_sam as ae_sam
 from sam_optax.methods import asam as asam
 from sam_optax.methods import bisam_loss as bisam_loss
+from sam_optax.methods import bsam as bsam
 from sam_optax.methods import cr_sam as cr_sam
 from sam_optax.methods import decoupled_wsam as decoupled_wsam
 from sam_optax.methods import eigen_sam as eigen_sam

@@ -238,11 +238,14 @@ class Descent(optax.GradientTransformationExtraArgs):
         what the ascent needs; or None.
       uses_loss: whether it needs L(w + ε), which it then receives as the extra argument
         `perturbed_loss`.
+      averages_state: whether, under groups, the floats of its state are the means of
+        what they are in the groups, and not what follows from the mean gradients.
     """
 
     compares: bool = False
     for_ascent: Callable[[Any], dict[str, Any]] | None = None
     uses_loss: bool = False
+    averages_state: bool = False
 
     @classmethod
     def of(
@@ -252,10 +255,11 @@ class Descent(optax.GradientTransformationExtraArgs):
         compares: bool = False,
         for_ascent: Callable[[Any], dict[str, Any]] | None = None,
         uses_loss: bool = False,
+        averages_state: bool = False,
     ) -> "Descent":
         own = cls(*optax.with_extra_args_support(descent))
         own.compares, own.for_ascent = compares, for_ascent
-        own.uses_loss = uses_loss
+        own.uses_loss, own.averages_state = uses_loss, averages_state
         return own
 
 

@@ -66,22 +66,31 @@ class Path:
             there.gradient,
             value,
             loss,
-            perturbed_loss,
-            perturbed_loss - jnp.asarray(unperturbed_loss, perturbed_loss.dtype),
-            _tree.norm(perturbation),
+            perturbed_loss=perturbed_loss,
+            surrogate_gap=perturbed_loss
+            - jnp.asarray(unperturbed_loss, perturbed_loss.dtype),
+            perturbation_norm=_tree.norm(perturbation),
         )
 
     def compared_gradient(self, g: optax.Updates, passes: Choice) -> optax.Updates:
         """The gradient at w that a descent and a cadence may compare gᵃ with."""
-        return self.plain_pass(g, passes).gradient if self.compares else g
+        if not self.compares:
+            return g
+        return self.plain_pass_of_branch(g, passes).gradient
+
+    def plain_pass_of_branch(self, g: optax.Updates, passes: Choice) -> Pass:
+        """The same as `plain_pass`, for a branch of the program.
+
+        Where the ascent does not use g, the pass is taken here, so that the other
+        branch does not take it.
+        """
+        if uses_gradient(self.ascent):
+            return self.plain_pass(g, passes)
+        return passes.descent(self.params)
 
     def plain_pass(self, g: optax.Updates, passes: Choice) -> Pass:
-        """The pass at w over the examples that the step descends on.
-
-        Where the ascent does not use g, the pass is taken here, so that a branch of the
-        program that does not need it does not take it.
-        """
-        if passes.recompute or not uses_gradient(self.ascent):
+        """The pass at w over the examples that the step descends on."""
+        if passes.recompute:
             return passes.descent(self.params)
         if passes.seen is None:
             return Pass(UNKNOWN, g)
@@ -131,8 +140,25 @@ class Path:
         perturbation, _, _ = self.ascent_step(g, passes, group)
         g_descent = self.compared_gradient(g, passes)
         there = self.evaluate(passes, perturbation, group)
-        d, _ = self.descent_step(there, g_descent, passes, perturbation, group)
+        d, state = self.descent_step(there, g_descent, passes, perturbation, group)
+        if self._averages_state():
+            there = there._replace(state_floats=_floats(state))
         return d, there
+
+    def with_averages(
+        self, state: optax.OptState, there: AtPerturbed
+    ) -> optax.OptState:
+        """The descent's state, with the means over groups where it asks for them."""
+        if not self._averages_state():
+            return state
+        leaves, structure = jax.tree.flatten(state)
+        means = iter(there.state_floats)
+        return structure.unflatten(
+            [next(means) if _tree.is_inexact(x) else x for x in leaves]
+        )
+
+    def _averages_state(self) -> bool:
+        return isinstance(self.descent, Descent) and self.descent.averages_state
 
     def with_gradient(
         self, g: optax.Updates, grad_fn: Any, group: Any = None
@@ -158,6 +184,10 @@ class Path:
             "perturb": lambda params, e: self._perturbed(params, e, group),
             "group": group,
         }
+
+
+def _floats(state: optax.OptState) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(state) if _tree.is_inexact(leaf)]
 
 
 def _gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:

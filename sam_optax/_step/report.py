@@ -47,6 +47,7 @@ class AtPerturbed(NamedTuple):
     descent_gradient: Any
     value: Any = ()  # (loss, aux) there; empty unless it is what the helper returns
     loss: Any = ()  # empty unless the descent uses it
+    state_floats: Any = ()  # of the descent, empty unless it averages its state
     perturbed_loss: Any = ()  # like the following, empty unless a report is wanted
     surrogate_gap: Any = ()
     perturbation_norm: Any = ()

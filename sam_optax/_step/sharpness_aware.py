@@ -229,13 +229,17 @@ def sharpness_aware(
             own_d, descent_state = path.descent_step(
                 there, g_descent, passes, perturbation
             )
+            if mean_d is not None:
+                descent_state = path.with_averages(descent_state, there)
             d = _tree.cast_like(own_d if mean_d is None else mean_d, g)
             kept = cadence.remember(d, g_descent, cadence_state)
             measured = report_of(g, there, passes.loss) if is_measured else ()
             return d, descent_state, kept, measured, there.value
 
         def without_second_gradient():
-            here = path.plain_pass(g, passes)
+            is_known = ascends is False
+            take = path.plain_pass if is_known else path.plain_pass_of_branch
+            here = take(g, passes)
             d = _tree.cast_like(cadence.substitute(here.gradient, cadence_state), g)
             # The descent runs as if gᵃ = g, only so that its counters go on.
             there = AtPerturbed(here.gradient, loss=path.loss_for_descent(here))

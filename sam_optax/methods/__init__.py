@@ -62,10 +62,12 @@ from sam_optax.methods._saf import mesa as mesa
 from sam_optax.methods._decoupled_wsam import decoupled_wsam as decoupled_wsam
 from sam_optax.methods._lookbehind_sam import lookbehind_sam as lookbehind_sam
 from sam_optax.methods._entropy_sgd import entropy_sgd as entropy_sgd
+from sam_optax.methods._bsam import bsam as bsam
 from sam_optax.methods._polyak_sam import polyak_sam as polyak_sam
 # isort: on
 
 from sam_optax._step import Options as Options
+from sam_optax.methods._bsam import draw_from_bsam as draw_from_bsam
 from sam_optax.methods._record import FURTHER_METHODS as FURTHER_METHODS
 from sam_optax.methods._record import METHODS as METHODS
 from sam_optax.methods._record import FurtherMethod as FurtherMethod
