@@ -101,7 +101,7 @@ def test_advice_is_about_methods_and_shows_what_is_there():
         advice = generated_pages.advice(name)
         assert advice.when.endswith(".")
         if advice.evidence:
-            assert (DOCS / "evidence" / f"{advice.evidence}.md").exists()
+            assert (DOCS / f"{advice.evidence}.md").exists()
 
 
 def test_every_page_is_in_the_navigation():

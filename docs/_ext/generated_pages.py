@@ -192,7 +192,7 @@ def _method_page(name: str, method: Method | FurtherMethod) -> str:
     if note.when:
         lines += [f"**When to use it.** {_rst(note.when)}", ""]
     if note.evidence:
-        lines += [f"Measured here: :doc:`/evidence/{note.evidence}`.", ""]
+        lines += [f"Measured here: :doc:`/{note.evidence}`.", ""]
     if note.figure:
         lines += _figure(note.figure, f"{name}, measured")
     lines += [f".. autofunction:: {home(method)}", ""]
