@@ -194,9 +194,13 @@ def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
 def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
     del plain
     # A leaf can be constant when the step is compiled, such as the zeros of a parameter
-    # that the loss does not use. Without the barrier, XLA would then compute
-    # (rescue · rescue) · (leaf · leaf), which is inf · 0.
-    return squared_norm(scale(rescue, _afresh(leaves)))
+    # that the loss does not use, or of a momentum that has just been started. Without
+    # the case of zeros, XLA would then compute (rescue · rescue) · (leaf · leaf), which
+    # is inf · 0.
+    scaled = [
+        jnp.where(leaf == 0, 0, leaf * _as_real_of(rescue, leaf)) for leaf in leaves
+    ]
+    return squared_norm(scaled)
 
 
 def _of_one_width(leaves: list[Any]) -> list[Any]:

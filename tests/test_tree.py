@@ -212,3 +212,16 @@ def test_drawn_numbers_differ_from_leaf_to_leaf_and_are_uniform():
     normal = _tree.normal_like(jax.random.key(0), tree)
     assert abs(float(normal["a"].mean())) < 0.13
     assert float(normal["b"].std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_tree_that_is_known_to_be_zero_has_no_direction_and_is_finite():
+    """When the step is compiled: such as a momentum that the same program starts."""
+
+    @jax.jit
+    def unit_and_square(x):
+        zeros = {"a": jnp.zeros_like(x), "b": jnp.zeros(2)}
+        return _tree.unit(zeros), _tree.measure(zeros).square, x
+
+    zeros, square, _ = unit_and_square(jnp.ones((2, 3)))
+    assert square == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
