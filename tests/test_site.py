@@ -1,6 +1,7 @@
 """The site: what is generated for it, and, with the slow tests, its build."""
 
 import importlib
+import inspect
 import os
 import pathlib
 import re
@@ -149,6 +150,19 @@ there is one:
         r"   \|g\|, with ``--flag``.",
         *lines[9:],
     ]
+
+
+def test_calls_on_the_migration_page_have_the_arguments_of_the_functions():
+    page = (DOCS / "migrate-classes.md").read_text()
+    spaces = (sam_optax, sam_optax.data, sam_optax.ascents, sam_optax.descents)
+    called = set()
+    for name, arguments in re.findall(r"`(?:\w+\.)?([a-z]\w+)\(([^`]*)\)`", page):
+        homes = [space for space in spaces if name in vars(space)]
+        known = inspect.signature(getattr(homes[0], name)).parameters if homes else ()
+        for keyword in re.findall(r"(\w+)=", arguments) if homes else ():
+            assert keyword in known, (name, keyword)
+            called.add(name)
+    assert {"fsam", "asam", "look_sam", "decoupled_wsam", "ssam", "bsam"} <= called
 
 
 @pytest.mark.slow
