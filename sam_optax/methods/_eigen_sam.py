@@ -230,8 +230,8 @@ def eigen_sam(
       3. With groups of examples (m=, or a perturbation per device) all groups share v,
          that of the whole batch; they use a new one from the next step on.
 
-    Cost: 2 gradients a step, and on every k-th step n products with the Hessian, each
-    of about 2 gradients; one tree is carried, in at least float32.
+    Cost: 2 + 2n/k gradients a step, as every k-th step takes n products with the
+    Hessian, of about 2 gradients each; one tree is carried, in at least float32.
     """
     ascent = eigen_sam_ascent(
         rho, alpha, k, steps=steps, as_released=as_released, key=key
