@@ -90,6 +90,7 @@ SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "m_sharpness": ("--seeds 1 --ms 16", lambda runs: runs.values("noise") == [0, 40]),
     "gsam": ("--seeds 1", gap_estimates_the_curvature),
     "one_gradient": ("--data {} --tasks mnist text", momentum_sam_takes_one_gradient),
+    "msam_radius": ("", lambda runs: len(runs.of(method="sam")) == 5 < len(runs) == 21),
     "which_method": ("--settings 1", look_sam_ascends_on_4_of_20_steps),
     "cifar10": ("--data {}", lambda runs: runs.column("gradients") == [1, 2]),
 }

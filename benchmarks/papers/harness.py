@@ -39,7 +39,9 @@ TUNING_SEED = 1000
 
 
 def describe(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
-    """Mean ± standard deviation; the mean alone of one value."""
+    """Mean ± standard deviation; the mean alone of one value, and nothing of none."""
+    if len(values) == 0:
+        return ""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 

@@ -35,6 +35,7 @@ import optax
 from flax import linen as nn
 
 import sam_optax
+from cifar10 import percentage
 from harness import Experiment, Runs, arguments, cases, setting_of, tuned
 from loaders import cut_text, load_cifar10, load_mnist_test, load_text, split
 from training import PLAIN, decayed_sgd, losses_of, make_trainer
@@ -112,9 +113,9 @@ PROGRAM = "step" if jax.default_backend() == "cpu" else "epoch"
 SGD = (decayed_sgd, (0.02, 0.005, 0.05, 0.002), (5e-4, 5e-3, 1e-2))
 ADAMW = (decayed_adamw, (3e-3, 1e-2, 1e-3), (1e-4, 0.1, 0.5))
 TASKS = {
-    "cifar": Task((3000, 2000), 64, 25, *SGD, (0.02, 0.06, 0.2), PROGRAM, (0, 40)),
+    "cifar": Task((3000, 2000), 64, 25, *SGD, (0.03, 0.1), PROGRAM, (0, 40)),
     "mnist": Task((2000, 1000), 64, 25, *SGD, (0.1, 0.2, 0.4), PROGRAM, (0, 40)),
-    "text": Task((1500, 1000), 16, 5, *ADAMW, (0.01, 0.03, 0.1)),
+    "text": Task((1500, 1000), 16, 5, *ADAMW, (0.03, 0.1)),
 }
 TESTED = 2000  # of the examples that are left, at most
 
@@ -193,10 +194,11 @@ def probe(model, hyper, state, x, y) -> dict[str, jax.Array]:
 
 
 class OneGradient(Experiment):
-    same = ("tuning_seeds", "settings", "train", "epochs")
+    same = ("settings", "train", "epochs")
     options = arguments(
         data=(None, None, "directory with CIFAR-10, or else the text alone"),
         tasks=(list(TASKS), ["text"], "which to train on"),
+        noises=([0, 40], None, "%% of random labels of images", {"type": percentage}),
         methods=(list(ENTRIES), ["msam_0.9"], "which to train"),
         seeds=(3, 1, "trainings of each method, with the setting it chose"),
         tuning_seeds=(1, None, "trainings of each setting, for the choice"),
@@ -229,6 +231,8 @@ class OneGradient(Experiment):
         ):
             settings = ENTRIES[method].settings(task)[: self.args.settings]
             for noise in task.noises:
+                if noise not in self.args.noises and len(task.noises) > 1:
+                    continue
                 case = {"method": method, "task": name, "noise": noise}
                 yield from tuned(self.runs, case, settings, *seeds)
 
