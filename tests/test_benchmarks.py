@@ -34,8 +34,8 @@ def script(name):
     return imported
 
 
-speed, designs, quality, measure = map(
-    script, ("speed", "designs", "quality", "measure")
+speed, designs, quality, measure, memory = map(
+    script, ("speed", "designs", "quality", "measure", "memory")
 )
 
 
@@ -237,3 +237,52 @@ def test_results_have_a_line_for_each_record(measure):
     text = measure.compact_json(content)
     assert json.loads(text) == content | {"a": 1.2346}
     assert text.splitlines()[3] == '  {"x": 2, "y": 1e-09},'
+
+
+def test_collectives_count_as_often_as_they_run(memory):
+    """Three in a loop of three rounds, and the larger one of two branches."""
+    program = """HloModule jit_step, is_scheduled=true
+%body.1 (p.1: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-gather.1 = f32[8,4]{1,0} all-gather(%slice.1), dimensions={0}
+}
+%small.1 (p.2: f32[4]) -> f32[4] {
+  %all-reduce.1 = f32[] all-reduce(%x.1), to_apply=%add.1
+}
+%large.1 (p.3: f32[4]) -> f32[4] {
+  %all-reduce.2 = (bf16[4]{0}, /*index=1*/f32[10]{0}) all-reduce(%y.1, %y.2)
+}
+ENTRY %main.1 (p.4: f32[4]) -> f32[4] {
+  %while.1 = (s32[], f32[4]{0}) while(%t.1), condition=%c.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"step":"1"}}
+  %conditional.1 = f32[4]{0} conditional(%p.5), branch_computations={%small.1, %large.1}
+}
+"""
+    found = memory.collectives(program)
+    assert found == {"all-gather": [3, 3 * 8 * 4 * 4], "all-reduce": [1, 4 * 2 + 40]}
+
+
+def test_an_unknown_step_is_refused(memory, capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--steps", "adam"])
+    assert "there is no step 'adam'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_of_sam_sends_what_two_plain_ones_send(memory, tmp_path):
+    steps = ["AdamW", "SAM by hand", "sam", "fsam, door 2", "sam, micro-batches"]
+    layout = "FSDP × tensor parallel"
+    argv = ["--models", "tiny", "--layouts", "FSDP", layout, "--steps", *steps]
+    assert memory.main([*argv, "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
+    assert [setting["layout"] for setting in content["settings"]] == ["FSDP", layout]
+    for setting in content["settings"]:
+        found = setting["steps"]
+        plain, by_hand = found["AdamW"], found["SAM by hand"]
+        for name in ("sam", "fsam, door 2"):
+            gathers, size = found[name]["collectives"]["all-gather"]
+            once, size_once = plain["collectives"]["all-gather"]
+            assert (gathers, size) == (2 * once, 2 * size_once)
+        assert found["sam"]["temporary"] <= 1.02 * by_hand["temporary"]
+        assert found["fsam, door 2"]["arguments"] > found["sam"]["arguments"]
+        assert found["sam, micro-batches"]["temporary"] < by_hand["temporary"]
+    assert "| sam, micro-batches |" in (tmp_path / "memory.md").read_text()
