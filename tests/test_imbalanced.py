@@ -129,6 +129,33 @@ def test_each_group_weighs_its_own_examples(rule_and_weights, map_groups):
     assert_trees_close(grads.gradients, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", [imb_sam, focal_sam])
+def test_on_a_mesh_with_explicit_axes(rule):
+    def weights(x, y):
+        by_class = jnp.array([0.1, 0.4, 0.9])
+        return y == 2 if rule is imb_sam else jax.nn.one_hot(y, 3) @ by_class
+
+    def step(w, x, y):
+        sam = sam_optax.sam(RHO)
+        helper = sam_optax.sam_value_and_grad(
+            summed_losses, sam, data=rule(weights), **BOTH
+        )
+        return helper(w, x, y, opt_state=sam.init(w))[1].gradients
+
+    def summed_losses(w, x, y):
+        log_odds = jax.nn.log_softmax(jnp.tanh(x @ w["in"]) @ w["out"])
+        return -jnp.sum(log_odds * jax.nn.one_hot(y, 3), -1)
+
+    w, batch = make_params(), make_batch()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread, whole = (
+        jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ())
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(step)(jax.device_put(w, whole), *jax.device_put(batch, spread))
+    assert_trees_close(jax.device_get(found), step(w, *batch), rtol=1e-4, atol=1e-6)
+
+
 def test_without_an_example_of_the_tail_nothing_is_perturbed():
     _, grads = take(imb_sam(lambda x, y: y == 7))
     w, (x, y) = make_params(), make_batch()
