@@ -149,7 +149,8 @@ def test_on_a_mesh_with_explicit_axes(rule):
     w, batch = make_params(), make_batch()
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     spread, whole = (
-        jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ())
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("data",), ())
     )
     with jax.set_mesh(mesh):
         found = jax.jit(step)(jax.device_put(w, whole), *jax.device_put(batch, spread))
