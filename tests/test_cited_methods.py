@@ -44,6 +44,13 @@ def test_unified_sam_wants_a_share(lam):
         sam_optax.unified_sam(lam=lam)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_partly_normalized_nan_is_nan_everywhere(lam):
+    g = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}
+    u, _ = ascents.normalize_partly(lam).update(g, (), g)
+    assert all(jnp.isnan(x).all() for x in jax.tree.leaves(u))
+
+
 def test_monge_sam_does_not_leave_the_range_of_floats():
     tx = ascents.monge_sam(rho=2.0)
     for scale in (1e-30, 1e30):

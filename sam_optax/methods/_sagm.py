@@ -42,7 +42,17 @@ def sagm_ascent(
 
 
 def sagm_descent(*, as_released: bool = False) -> Descent:
-    """Descends on the sum of both losses, d = g + gᵃ; or on their mean, as released."""
+    r"""Descends on the loss and on the perturbed loss.
+
+    .. math::
+      d = g + g^a \qquad\text{or, as released,}\qquad d = \tfrac12 (g + g^a)
+
+    Args:
+      as_released: that of the method `sagm`. Default False.
+
+    Returns:
+      A descent for `sharpness_aware`.
+    """
     mean = blend(0.5)
     if as_released:
         return Descent.of(mean, compares=True)

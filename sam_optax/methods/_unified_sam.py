@@ -25,7 +25,7 @@ def normalize_partly(lam: ScalarOrSchedule = 0.5) -> optax.GradientTransformatio
 
     Returns:
       A transformation. It returns half-precision leaves as float32. If g is zero, so is
-      u. If an entry of g is not finite, the whole of u is NaN, unless λ is 0.
+      u. If an entry of g is not finite, the whole of u is NaN.
 
     Raises:
       ValueError: if lam is a Python number outside [0, 1].
