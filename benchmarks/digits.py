@@ -39,9 +39,12 @@ RHO = {
     "ae_sam": 0.8, "ae_look_sam": 0.35, "esam": 0.5, "ssam": 0.7, "random_sam": 24.0,
     "rsam": 0.5, "multi_step_sam": 0.5, "k_sam": 0.2, "largest_increase": 0.3,
     "sub_batch": 0.7, "decoupled_wsam": 0.5,
+    # Not swept: their defaults, or the rho of the method that they are nearest to.
+    "layerwise_sam": 0.05, "sam_on": 0.5, "lpf_sgd": 0.045, "tsam": 0.5,
+    "universal_sam": 0.05, "eigen_sam": 0.5, "lookbehind_sam": 0.3, "bsam": 0.01,
 }
 # fmt: on
-METHODS = ("sgd", "saf", "mesa", *RHO)
+METHODS = ("sgd", "saf", "mesa", "entropy_sgd", *RHO)
 
 # The examples that each of the two gradients sees; SAM's step, but for ESAM's mask.
 RULES = {
@@ -72,6 +75,10 @@ def add_term(base: optax.GradientTransformation, apply, init, penalty, update):
         return loss, {"grads": grads, "logits": logits, "index": index}
 
     return tx, loss_and_grads
+
+
+def only_vectors(params):
+    return jax.tree.map(lambda w: w.ndim == 1, params)
 
 
 def make_method(
@@ -116,10 +123,20 @@ def make_method(
 
     if method == "decoupled_wsam":
         sam, tx = sam_optax.decoupled_wsam(base, learning_rate, rho=rho)
+    elif method == "lookbehind_sam":
+        sam, tx = sam_optax.lookbehind_sam(base, rho)
+    elif method == "bsam":
+        sam, tx = sam_optax.bsam(learning_rate, args.train_size, rho)
+    elif method == "entropy_sgd":
+        # d is γ (w − μ): its step must be larger by about 1/γ.
+        sam = sam_optax.entropy_sgd(as_released=True)
+        tx = optax.chain(sam, optax.scale(1 / args.learning_rate), base)
     else:
         # A data rule goes with any method: ESAM's with its own mask, others with SAM.
         make = sam_optax.METHODS.get(method, sam_optax.METHODS["sam"]).make
-        sam = make(rho=rho)
+        # This network has no normalisation layers: its biases take their place.
+        options = {"mask": only_vectors} if method == "sam_on" else {}
+        sam = make(rho=rho, **options)
         tx = optax.chain(sam, base)
     rule = RULES[method](args.batch_size) if method in RULES else None
     return tx, sam_optax.sam_value_and_grad(

@@ -83,5 +83,12 @@ def test_an_ascent_has_the_defaults_of_its_method(name):
 
 def test_every_method_has_a_record():
     functions = inspect.getmembers(sam_optax.methods, inspect.isfunction)
-    tools = {"record", "methods_table", "further_methods_table"}
+    tools = {
+        "draw_from_bsam",
+        "further_methods_table",
+        "mask_by_name",
+        "methods_table",
+        "normalization_layers",
+        "record",
+    }
     assert {name for name, _ in functions} - tools == {*RECORDED}

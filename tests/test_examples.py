@@ -101,7 +101,7 @@ def test_the_benchmark_knows_every_method_and_its_cost(benchmark):
     assert set(benchmark.METHODS) == {"sgd", *sam_optax.METHODS, *further}
     args = benchmark.parse_arguments(["--methods", "all", "--rho", "0.2"])
     for method in args.methods:
-        rho = None if method in ("sgd", "saf", "mesa") else 0.2
+        rho = None if method in ("sgd", "saf", "mesa", "entropy_sgd") else 0.2
         assert args.rho[method] == rho
         assert benchmark.make_trainer(method, rho, args)
         assert benchmark.cost(method)

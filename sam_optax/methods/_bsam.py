@@ -159,7 +159,7 @@ def bsam(
         not divided by a norm.
       beta1: β₁, the decay of the momentum. Default 0.9, from the authors' commands.
       beta2: β₂, the decay of the precision. Default 0.999, from the authors' commands.
-      weight_decay: δ, the precision of the prior over N. Default 1e-4.
+      weight_decay: δ, the precision of the prior over N. Default 0.0001.
       damping: γ ≥ 0, which keeps s away from zero. Default 0.1, from the authors' code.
       initial_precision: s at the start, > 0. Default 1.
       key: an int, a typed key or a legacy one. Default 0.

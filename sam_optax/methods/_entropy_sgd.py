@@ -124,7 +124,7 @@ def entropy_sgd(
       gamma: γ, the strength with which the walk is held at w: a number or a schedule.
         The paper's scoping is `gamma=lambda t: 0.01 * (1 + 1e-3) ** t`. Default 0.01,
         from the authors' code.
-      noise: ε, the size of the noise: a number or a schedule. Default 1e-4, from the
+      noise: ε, the size of the noise: a number or a schedule. Default 0.0001, from the
         authors' code.
       steps: the number n of steps of the walk, a Python integer >= 1. The loop is
         unrolled. Default 5; the paper has 20 for its larger networks.
