@@ -17,6 +17,7 @@ import friendly
 import harness
 import loaders
 import one_example
+import one_gradient_figure
 import which_method
 
 
@@ -112,6 +113,26 @@ def test_a_tiny_run(name, directory, tmp_path, capsys):
     assert imread(tmp_path / f"{name}.png").std() > 0.05
     report = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert is_right(harness.Runs(report["runs"]))
+
+
+def test_the_figure_of_one_gradient_draws_every_panel(tmp_path):
+    for file in ("which_method", "one_gradient"):
+        runs = [
+            {"on": "test", "task": task, "noise": noise, "seed": seed}
+            | {"method": method, "gradients": gradients, "test": 90 + seed + gradients}
+            for of, task, noise in one_gradient_figure.PANELS.values()
+            for method, gradients in (("sam", 2), ("msam_0.9", 1), ("other", 1.2))
+            for seed in range(2)
+            if of == file
+        ]
+        (tmp_path / f"{file}.json").write_text(json.dumps({"runs": runs}))
+    one_gradient_figure.main(tmp_path, tmp_path / "figure.png")
+    picture = imread(tmp_path / "figure.png")[..., :3]
+    height, width = picture.shape[0] // 2, picture.shape[1] // 2
+    for part in (picture[:height], picture[height:]):
+        for panel in (part[:, :width], part[:, width:]):
+            blue = (panel[..., 2] > 0.6) & (panel[..., 0] < 0.3)
+            assert blue.sum() > 50  # of momentum-SAM
 
 
 @pytest.mark.parametrize(

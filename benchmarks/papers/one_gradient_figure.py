@@ -80,7 +80,7 @@ def place_labels(axes, points: list[tuple], least: float) -> None:
         )
 
 
-def main(directory: str, output: str) -> None:
+def main(directory: str | pathlib.Path, output: str | pathlib.Path) -> None:
     figure = Figure((9, 6.4), layout="constrained")
     figure.suptitle(TITLE, fontsize=11, x=0.02, ha="left", weight="bold")
     axes = figure.subplots(2, 2).flat
