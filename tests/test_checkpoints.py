@@ -22,6 +22,8 @@ SAVED = {
     "rst": lambda: sam_optax.rst(0.1),
     "esam": lambda: sam_optax.esam(0.1),
     "ssam": lambda: sam_optax.ssam(0.1, dynamic=True, refresh_every=2),
+    "eigen_sam": lambda: sam_optax.eigen_sam(0.1, k=2),
+    "tsam": lambda: sam_optax.tsam(0.1, samples=2),
 }
 
 

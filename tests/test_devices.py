@@ -112,18 +112,20 @@ RANDOM = {
     "esam": lambda: sam_optax.esam(0.2),
     "ssam": lambda: sam_optax.ssam(0.2, dynamic=True, refresh_every=1),
     "rst": lambda: sam_optax.rst(0.2, probability=0.5),
+    "tsam": lambda: sam_optax.tsam(0.2, 0.2, samples=2),
+    "lpf_sgd": lambda: sam_optax.lpf_sgd(0.2),
+    "universal_sam": lambda: sam_optax.universal_sam(0.2, 1e-3, kind="frobenius"),
+    "entropy_sgd": lambda: sam_optax.entropy_sgd(0.2, 0.1, steps=2, as_released=True),
 }
+SLOW = ("esam", "rsam", "lpf_sgd", "universal_sam", "entropy_sgd")
 
 
 @pytest.mark.parametrize(
     ("name", "m"),
     [
-        *[(name, None) for name in RANDOM if name not in ("esam", "rsam")],
+        *[(name, None) for name in RANDOM if name not in SLOW],
         *[(name, 2) for name in ("esam", "rsam")],
-        *[
-            pytest.param(name, None, marks=pytest.mark.slow)
-            for name in ("esam", "rsam")
-        ],
+        *[pytest.param(name, None, marks=pytest.mark.slow) for name in SLOW],
     ],
 )
 def test_random_methods_agree_between_groups_and_devices(name, m):
