@@ -115,9 +115,9 @@ def make_weights(size: Size) -> dict[str, Any]:
             "out": Weight((n, d, d), 2, 1),
             "up": Weight((n, d, 4 * d), 1, 2),
             "down": Weight((n, 4 * d, d), 2, 1),
-            "scales": Weight((n, 2, d)),
+            "norms": Weight((n, 2, d)),
         },
-        "scale": Weight((d,)),
+        "norm": Weight((d,)),
     }
 
 
@@ -212,7 +212,7 @@ def make_loss(setting: Setting) -> Callable[..., jax.Array]:
             a, b = (adapters[name][factor].astype(x.dtype) for factor in "ab")
             return y + jnp.tensordot(x @ a, b, 1)
 
-        before_attention, before_mlp = w["scales"]
+        before_attention, before_mlp = w["norms"]
         qkv = apply("attention", normalize(x, before_attention))
         heads = (*x.shape[:2], 3, size.heads, size.width // size.heads)
         q, k, v = jnp.moveaxis(qkv.reshape(heads), 2, 0)
@@ -226,7 +226,7 @@ def make_loss(setting: Setting) -> Callable[..., jax.Array]:
         x = setting.over_batch(embedding[tokens[:, :-1]])
         stacked = params["layers"], adapters
         x, _ = jax.lax.scan(jax.checkpoint(layer), x, stacked)
-        logits = normalize(x, params["scale"]) @ embedding.T
+        logits = normalize(x, params["norm"]) @ embedding.T
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), tokens[:, 1:]
         )
