@@ -29,7 +29,7 @@ KINDS = ("trace", "determinant", "frobenius")
 
 def add_sharpness(
     rho: ScalarOrSchedule = 0.05,
-    lam: ScalarOrSchedule = 1.0,
+    lam: ScalarOrSchedule = 0.0025,
     *,
     kind: str = "trace",
     samples: int = 2,
@@ -42,7 +42,7 @@ def add_sharpness(
 
     Args:
       rho, lam, kind, samples, half_width, as_released, key: those of the method
-        `universal_sam`. Default 0.05, 1, "trace", 2, 0.01, False and 0.
+        `universal_sam`. Default 0.05, 0.0025, "trace", 2, 0.01, False and 0.
       mask: where False, the random points are those of the parameters. Default None.
 
     Returns:
@@ -144,7 +144,7 @@ def _weights(kind: str, rises: jax.Array, rho: Any, as_released: bool) -> jax.Ar
 )
 def universal_sam(
     rho: ScalarOrSchedule = 0.05,
-    lam: ScalarOrSchedule = 1.0,
+    lam: ScalarOrSchedule = 0.0025,
     *,
     kind: str = "trace",
     samples: int = 2,
@@ -173,8 +173,9 @@ def universal_sam(
     Args:
       rho: ρ, the scale of the random points. Default 0.05, that of `sam`. At ρ = 0,
         d = g.
-      lam: λ, the weight of the sharpness. Default 1. Tune it: S is of another size for
-        each kind and each number of parameters.
+      lam: λ, the weight of the sharpness. Default 0.0025, the default ρ²: for the
+        trace, d is then the mean gradient at the random points, as with the authors' 1
+        and as_released=True. Tune it: S is of another size for each kind.
       kind: "trace", "determinant" or "frobenius". Default "trace".
       samples: the number n of points, a Python integer: at least 2 for "frobenius", and
         else 1. Default 2.
