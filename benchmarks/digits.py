@@ -42,8 +42,12 @@ RHO = {
     # Not swept: their defaults, or the rho of the method that they are nearest to.
     "layerwise_sam": 0.05, "sam_on": 0.5, "lpf_sgd": 0.045, "tsam": 0.5,
     "universal_sam": 0.05, "eigen_sam": 0.5, "lookbehind_sam": 0.3, "bsam": 0.01,
+    "msam": 1.0, "late_sam": 0.5, "sampa": 0.5, "unified_sam": 0.5, "monge_sam": 0.5,
+    "sagm": 0.3, "cr_sam": 0.3, "zsharp": 0.5, "gam": 0.3, "le_sam": 0.5,
 }
 # fmt: on
+# They need more than a method: the classes, the outputs, or no learning rate.
+LEFT_OUT = ("imb_sam", "focal_sam", "bisam_loss", "functional", "polyak_sam")
 METHODS = ("sgd", "saf", "mesa", "entropy_sgd", *RHO)
 
 # The examples that each of the two gradients sees; SAM's step, but for ESAM's mask.

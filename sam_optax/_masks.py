@@ -117,14 +117,14 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
         extra_args = dict(extra)
         if grad_fn is not None:
             extra_args["grad_fn"] = _on_masked_params(
-                grad_fn, tree, params, lambda g: _masked(tree, g)
+                grad_fn, tree, params, lambda g: masked(tree, g)
             )
         if value_and_grad_fn is not None:
             extra_args["value_and_grad_fn"] = _on_masked_params(
                 value_and_grad_fn,
                 tree,
                 params,
-                lambda there: (there[0], _masked(tree, there[1])),
+                lambda there: (there[0], masked(tree, there[1])),
             )
         masked_state: Any
         perturbation, masked_state = inner(tree).update(
@@ -140,7 +140,7 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
 
     def follow_fn(d, state, params):
         tree = resolve_mask(mask, params)
-        return follow(ascent, _masked(tree, d), state, _masked(tree, params))
+        return follow(ascent, masked(tree, d), state, masked(tree, params))
 
     return following(
         optax.GradientTransformationExtraArgs(init_fn, update_fn),
@@ -149,7 +149,7 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
     )
 
 
-def _masked(tree: Any, values: Any) -> Any:
+def masked(tree: Any, values: Any) -> Any:
     """What `optax.masked` shows of values where the mask is `tree`."""
     return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), tree, values)
 

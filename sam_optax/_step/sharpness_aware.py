@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._masks import Mask, restrict
+from sam_optax._masks import Mask, masked, resolve_mask, restrict
 from sam_optax._parts import (
     Cadence,
     compares,
@@ -263,7 +263,9 @@ def sharpness_aware(
                 d,
                 new,
                 state,
-                source=_source(ascent, ascends, g, perturbation),
+                source=_perturbed_leaves(
+                    _source(ascent, ascends, g, perturbation), new, mask, params
+                ),
                 source_is_finite=source_is_finite,
                 follows_d=follows_d,
                 ascended=ascends,
@@ -305,6 +307,19 @@ def _source(ascent: Any, ascends: Any, g: Any, perturbation: Any) -> optax.Updat
     if uses_gradient(ascent):
         return g
     return () if ascends is False else perturbation
+
+
+def _perturbed_leaves(source: Any, new: Any, mask: Mask, params: Any) -> optax.Updates:
+    """What a mask leaves of the source of ε.
+
+    The other leaves of g do not enter ε. If they were looked at, the gradient of frozen
+    parameters would be computed for that alone. Values that the descent and the cadence
+    carry may be made of all of g.
+    """
+    is_carried = _has_values((new.descent_state, new.cadence_state))
+    if mask is None or is_carried or not jax.tree.leaves(source):
+        return source
+    return masked(resolve_mask(mask, params), source)
 
 
 def _guarded(

@@ -23,7 +23,9 @@ from sam_optax.methods._record import record_further
     url="https://arxiv.org/abs/2502.02407",
     cost="2",
 )
-class functional:
+def functional(
+    outputs_fn: Callable[..., Any], outputs_loss: Callable[..., Any]
+) -> "FunctionalRule":
     r"""Descends through the network at w + ε, with the loss's gradient of w.
 
     .. math::
@@ -73,6 +75,15 @@ class functional:
 
     Cost: 2 gradients a step. ∇ℓ(f(w)) is kept until the second pass: an array as large
     as the outputs, which are batch × length × vocabulary in a language model.
+    """
+    return FunctionalRule(outputs_fn, outputs_loss)
+
+
+class FunctionalRule:
+    """The rule that `functional` returns.
+
+    Attributes:
+      loss_fn: the loss as a function of the parameters.
     """
 
     def __init__(
@@ -134,7 +145,7 @@ def divide_by_root_of(
     Args:
       name: that of the extra argument that holds ν, a tree like the parameters. Default
         "second_moment".
-      eps: a number >= 0. Default 1e-8, that of `optax.adam`.
+      eps: a number >= 0. Default 1e-08, that of `optax.adam`.
 
     Returns:
       A stateless transformation. Before the first step of Adam, ν is zero, and u is g

@@ -120,7 +120,8 @@ def ascend_from_noise(
             step, inner = ascent.update(g, state.smoothed_state, params, **extra)
             return _tree.add_scaled(noise, 1, step), SmoothedState(later, inner)
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        noisy_ascent = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return following(noisy_ascent, None, uses_gradient=False)
 
     return scheduled(part, sigma=sigma, uses_gradient=False)
 
@@ -167,9 +168,8 @@ def random_sam(
         SAM does, ρ must grow with √p.
       normalized: whether to put ε on the sphere, ‖ε‖ = ρ. Default False.
       key: an int, a typed key or a legacy one. Default 0.
-      guard: passed on to `sharpness_aware`. Default False: the guard checks the
-        gradient at w, which would then have to be computed, and the method carries
-        nothing that needs a guard.
+      guard: passed on to `sharpness_aware`. Default False: the method carries nothing
+        that needs a guard.
       mask, stochastic_rounding: passed on to `sharpness_aware`.
 
     Returns:
@@ -184,9 +184,8 @@ def random_sam(
 
     Differences from the authors' code: there is none.
 
-    Cost: 1 gradient a step, and a forward pass for the loss; a key is carried. XLA
-    drops the backward pass at w, but not under a traced cadence, inside
-    `apply_if_finite`, or with a report.
+    Cost: 1 gradient a step, and a forward pass more if the loss or the auxiliary output
+    at w is used, which value_at="perturbed" avoids; a key is carried.
     """
     ascent = chain(
         replace_by_noise(key),

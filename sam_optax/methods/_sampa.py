@@ -47,6 +47,7 @@ def mix_with_lookahead(
 
     Args:
       learning_rate, lam, momentum, weight_decay, halves: those of the method `sampa`.
+        Default 0.1, 0.2, 0, 0 and None.
 
     Returns:
       A descent for `sharpness_aware`. It carries y, and m if there is a momentum, in at
