@@ -182,6 +182,9 @@ def measure(tree: Tree) -> Sphere:
     # The cond saves the second pass over the tree, which is rarely needed. Its
     # branches are module-level functions, so that eager calls compile them only once.
     square = jax.lax.cond(is_safe, _plain, _rescued, plain, rescue, leaves)
+    # If all leaves are constant zeros, such as a momentum that the same program starts,
+    # the barrier in `_rescued` is of no use. No tree whose plain sum is 0 holds a NaN.
+    square = jnp.where((plain == 0) & jnp.isnan(square), 0, square)
     shrink = jnp.where(is_safe | (square == 0), 1, rescue)
     return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
 
@@ -194,13 +197,9 @@ def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
 def _rescued(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
     del plain
     # A leaf can be constant when the step is compiled, such as the zeros of a parameter
-    # that the loss does not use, or of a momentum that has just been started. Without
-    # the case of zeros, XLA would then compute (rescue · rescue) · (leaf · leaf), which
-    # is inf · 0.
-    scaled = [
-        jnp.where(leaf == 0, 0, leaf * _as_real_of(rescue, leaf)) for leaf in leaves
-    ]
-    return squared_norm(scaled)
+    # that the loss does not use. Without the barrier, XLA would then compute
+    # (rescue · rescue) · (leaf · leaf), which is inf · 0.
+    return squared_norm(scale(rescue, _afresh(leaves)))
 
 
 def _of_one_width(leaves: list[Any]) -> list[Any]:
