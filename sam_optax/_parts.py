@@ -1,6 +1,7 @@
 """What the axes of a method are made of: `Ascent`, `Descent` and `Cadence`."""
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -45,6 +46,7 @@ class Ascent(optax.GradientTransformationExtraArgs):
         uses_gradient: bool = True,
     ) -> "Ascent":
         def update_fn(updates, state, params=None, **extra_args):
+            _note(follow)
             perturbation, state, _ = climb(updates, state, params, **extra_args)
             return perturbation, state
 
@@ -74,7 +76,8 @@ def following(
       follow: (d, state, params) -> state, called once a step, after everything else.
         d is what the step returns: the mean over groups and devices, and the plain
         gradient on a step that does not ascend. If d is not finite, the guard undoes
-        the change. None: the ascent learns nothing.
+        the change. If the ascent follows d already, it does so first. None: nothing is
+        added.
       uses_gradient: whether ε depends on g. If it does not, the step takes no gradient
         at the parameters, as long as nothing else uses it, and costs one gradient in
         all. Default True.
@@ -109,16 +112,54 @@ def following(
       1.0
     """
     inner = optax.with_extra_args_support(ascent)
+    both = follow
+    if isinstance(inner, Ascent):
+        uses_gradient = uses_gradient and inner.uses_gradient
+        both = _one_after_another(inner.follow, follow)
 
     # A function of its own, so that the mark does not show on the inner one.
     def update_fn(updates, state, params=None, **extra_args):
+        _note(both)
         return inner.update(updates, state, params, **extra_args)
 
     outer = Ascent(inner.init, update_fn)
     if isinstance(inner, Ascent):
         outer.climb = inner.climb
-    outer._mark(follow, uses_gradient)
+    outer._mark(both, uses_gradient)
     return outer
+
+
+def _one_after_another(first: Follow | None, second: Follow | None) -> Follow | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda d, state, params: second(d, first(d, state, params), params)
+
+
+# The ascents that follow d and whose update has run, while somebody wants to know.
+_ran: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "ran", default=None
+)
+
+
+def _note(follow: Follow | None) -> None:
+    ran = _ran.get()
+    if follow is not None and ran is not None:
+        ran.append(follow)
+
+
+def climb_and_check(
+    ascent: optax.GradientTransformation, *arguments: Any
+) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
+    """`climb` of a whole ascent; an error if a part of it follows d in vain."""
+    ran: list[Any] = []
+    token = _ran.set(ran)
+    try:
+        result = climb(ascent, *arguments)
+    finally:
+        _ran.reset(token)
+    if ran and not follows(ascent):
+        raise ValueError(_NOT_HANDED_ON)
+    return result
 
 
 def climb(
@@ -147,17 +188,21 @@ def follow(
     return state
 
 
+_NOT_HANDED_ON = (
+    "A part of the ascent follows d, as the momentum of msam does, and is wrapped in "
+    "something that does not hand d on to it, such as optax.chain, optax.masked or "
+    "optax.inject_hyperparams. Combine the parts of an ascent with ascents.chain, pass "
+    "a mask as mask= to sharpness_aware, and inject hyperparameters into the whole "
+    "method: optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
+)
+
+
 def follows(ascent: optax.GradientTransformation) -> bool:
     """Whether an ascent learns d; an error if it did before it was wrapped."""
     if isinstance(ascent, Ascent) and ascent.follow is not None:
         return True
     if _hides_follow(ascent.update, set()):
-        raise ValueError(
-            "A part of the ascent follows d, as the momentum of msam does, and is "
-            "wrapped in something that does not hand d on to it, such as optax.chain "
-            "or optax.masked. Combine the parts of an ascent with ascents.chain, and "
-            "pass a mask as mask= to sharpness_aware."
-        )
+        raise ValueError(_NOT_HANDED_ON)
     return False
 
 

@@ -164,6 +164,7 @@ class Model(nnx.Module):
         return self.out(self.dropout(nnx.tanh(self.inner(x))))[..., 0]
 
 
+@pytest.mark.slow
 def test_nnx_trains_and_perturbs_the_adapters_alone():
     model = Model(nnx.Rngs(0))
     state = nnx.state(model, nnx.LoRAParam)

@@ -87,6 +87,7 @@ def parts_of(batch):
     return [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], batch) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_devices_are_groups_with_draws_of_their_own():
     """A perturbation per device gives what groups of its examples give."""
     sam, tx = sam_optax.bsam(0.1, 100, rho=0.1)
@@ -105,6 +106,7 @@ def test_devices_are_groups_with_draws_of_their_own():
     assert_trees_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double_precision")
 def test_the_posterior_of_a_quadratic():
     """Draws have the mean w and the variance 1/(N s)."""

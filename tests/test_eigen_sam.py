@@ -127,6 +127,7 @@ def test_it_is_that_of_the_dense_matrix_of_the_whole_batch(door, options, start)
     assert_is_leading(state[0], w, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_it_is_that_of_all_devices(shared, start):
     w, batch = start
@@ -167,6 +168,7 @@ def test_it_starts_from_the_last_and_rests_in_between(start):
     assert_is_leading(states[-1], w, batch)
 
 
+@pytest.mark.slow
 def test_it_is_that_of_the_perturbed_leaves(start):
     w, batch = start
     sam = long(mask={"a": False, "b": True})
@@ -181,6 +183,7 @@ def test_it_is_that_of_the_perturbed_leaves(start):
     assert abs(np.dot(v, wanted)) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_share_the_eigenvector_that_is_carried(start):
     """From the second step on; on the first there is none, which is SAM."""
     w, batch = start

@@ -87,6 +87,7 @@ def test_a_resumed_run_goes_on_as_it_was(door):
     assert are_equal((again, later), (w, state))
 
 
+@pytest.mark.slow
 def test_groups_walk_by_themselves_with_noise_of_their_own():
     sam, w, batch = sam_optax.entropy_sgd(0.5, 0.1, steps=2), problem.params(), None
     batch = problem.batch(size=8)

@@ -11,6 +11,8 @@ import pytest
 PATH = pathlib.Path(__file__).parent.parent / "examples" / "federated.py"
 RATE, RHO = 0.2, 0.1
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def federated():

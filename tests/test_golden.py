@@ -4,6 +4,7 @@ Each file of `golden/` holds 20 steps of a published implementation on a small n
 `golden/cases.json` names it, with its settings and the formula that its code computes.
 """
 
+import collections
 import functools
 import json
 import pathlib
@@ -332,12 +333,21 @@ def decayed_loss(params, x, y, weight_decay):
     return mean_loss(params, x, y) + weight_decay / 2 * squares
 
 
+def slow_but_for_two(cases):
+    """Of each method two cases, and the others with -m slow."""
+    seen = collections.Counter()
+    for case in cases:
+        seen[case["method"]] += 1
+        marks = [pytest.mark.slow] if seen[case["method"]] > 2 else []
+        yield pytest.param(case, id=case["name"], marks=marks)
+
+
 @pytest.mark.parametrize(
     "door",
     [DOORS["door1"], pytest.param(DOORS["door2"], marks=pytest.mark.slow)],
     ids=DOORS,
 )
-@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+@pytest.mark.parametrize("case", slow_but_for_two(CASES))
 def test_reproduces_the_authors_trajectory(case, door):
     data = np.load(GOLDEN / case["file"])
     loss_fn, options, is_esam = mean_loss, {}, case["method"] == "esam"

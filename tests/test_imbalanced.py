@@ -113,6 +113,7 @@ def test_the_second_gradient_is_compared_with_that_of_both_parts(rule_and_weight
     assert_trees_close(grads.gradients, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("map_groups", ["vmap", "scan"])
 def test_each_group_weighs_its_own_examples(rule_and_weights, map_groups):
     """The classes of the second group of 4 are others than those of the first."""
@@ -129,6 +130,7 @@ def test_each_group_weighs_its_own_examples(rule_and_weights, map_groups):
     assert_trees_close(grads.gradients, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [imb_sam, focal_sam])
 def test_on_a_mesh_with_explicit_axes(rule):
     def weights(x, y):

@@ -459,3 +459,70 @@ def test_the_radius_of_late_sam_rises_over_the_ramp():
 def test_late_sam_refuses_what_makes_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.late_sam(**arguments)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: optax.inject_hyperparams(ascents.msam)(rho=0.5),
+        lambda: ascents.chain(
+            optax.inject_hyperparams(ascents.against_momentum)(decay=0.9),
+            ascents.sam(0.5),
+        ),
+        lambda: optax.partition({"m": ascents.msam(0.5)}, {"x": "m", "y": "m"}),
+    ],
+)
+def test_what_cannot_be_seen_when_built_is_refused_when_it_runs(wrap):
+    sam, w = sam_optax.sharpness_aware(wrap()), split(W)
+    with pytest.raises(ValueError, match="does not hand d on"):
+        sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+
+
+def test_an_ascent_that_follows_d_already_does_so_first():
+    inner = ascents.against_momentum(0.5)
+
+    def double(d, state, params):
+        assert_trees_equal(params, split(W))
+        return jax.tree.map(lambda x: 2 * x, state)
+
+    outer = ascents.following(inner, double)
+    assert not outer.uses_gradient
+    w = split(W)
+    sam = sam_optax.sharpness_aware(ascents.chain(outer, ascents.sam(0.3)))
+    _, state = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+    m = state.ascent_state[0].negative_momentum
+    np.testing.assert_allclose(whole(m), -2 * H @ W, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        ({"ascent_loss_fn": lambda w, x: jnp.sum(x)}, {}),
+        ({}, {"ascent_batch": BATCH[:2]}),
+        ({"data": data.sub_batch(0.5)}, {}),
+    ],
+)
+def test_options_of_the_ascents_gradient_are_refused_where_there_is_none(
+    options, passed
+):
+    w = split(W)
+    for sam in (sam_optax.msam(), sam_optax.random_sam()):
+        gradients = sam_optax.sam_value_and_grad(losses, sam, **options)
+        with pytest.raises(ValueError, match="would have no effect"):
+            gradients(w, BATCH, opt_state=sam.init(w), **passed)
+    for sam in (sam_optax.rsam(), sam_optax.sampa()):
+        gradients = sam_optax.sam_value_and_grad(losses, sam, **options)
+        gradients(w, BATCH, opt_state=sam.init(w), **passed)
+
+
+@pytest.mark.parametrize("start", [2**31, np.int64(2**31), np.array(2**40)])
+def test_a_start_beyond_all_steps_is_never_reached(start):
+    sam, w = sam_optax.late_sam(0.5, start), split(W)
+    d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+    assert_trees_equal(d, grad_fn(w))
+
+
+def test_a_start_is_an_integer():
+    for start in (1.5, jnp.float32(1.9), np.array(1.0)):
+        with pytest.raises(TypeError, match="the number of a step"):
+            sam_optax.late_sam(0.5, start)

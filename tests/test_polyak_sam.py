@@ -128,6 +128,7 @@ def test_updates_keep_the_dtype_of_the_parameters():
         assert optax.tree.get(carried, "polyak_step").dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_under_groups_the_step_is_made_of_the_means():
     """Of the loss, gᵃ and ε; the last of these is that of the whole batch."""
     sam, tx = sam_optax.polyak_sam(0.3)

@@ -12,16 +12,17 @@ import pytest
 
 import problem
 from lab import all_finite, floats, with_loss
-from methods import TABLE
+from methods import FAST, TABLE
 
 
 class Everything:
-    """One program that trains every row of the table at once."""
+    """One program that trains rows of the table at once."""
 
-    def __init__(self):
+    def __init__(self, names):
         self.traces = 0
         self.parts = {}
-        for name, row in TABLE.items():
+        for name in names:
+            row = TABLE[name]
             sam = row(rho=min(row.rho, 0.05))
             base = optax.apply_if_finite(optax.sgd(0.02, momentum=0.5), 10)
             self.parts[name] = optax.chain(sam, base)
@@ -49,9 +50,13 @@ class Everything:
         return after
 
 
-@pytest.fixture(scope="module")
-def everything():
-    return Everything()
+@pytest.fixture(
+    scope="module",
+    params=[FAST, pytest.param(TABLE, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def everything(request):
+    return Everything(request.param)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,7 @@ TREES = st.recursive(
 ).map(lambda tree: {"tree": tree})
 
 
+@pytest.mark.slow
 def test_a_tree_of_everything_goes_through_every_method():
     """Nested, empty, of mixed dtypes, with None and arrays without entries."""
     leaves = [jnp.ones(3, jnp.bfloat16), jnp.full((2,), 0.1, jnp.float16)]

@@ -141,6 +141,12 @@ def test_halves_are_an_axis_of_length_two_and_see_the_same_examples():
 
     with pytest.raises(ValueError, match="must have the length 2; it has 4"):
         jax.eval_shape(mapped(4), split(W), state, X)
+    averaging, _ = make_step(sam_optax.sampa(halves="half"), axis_name="half")
+    both = jax.shard_map(
+        averaging, mesh=table.make_mesh(half=2), in_specs=P(), out_specs=P()
+    )
+    with pytest.raises(ValueError, match="averages the gradients over 'half'"):
+        jax.eval_shape(both, split(W), state, X)
     with pytest.raises(ValueError, match="on the same examples"):
         jax.eval_shape(mapped(2, ascent_batch=X[:4]), split(W), state, X)
 
@@ -158,6 +164,12 @@ def test_halves_are_an_axis_of_length_two_and_see_the_same_examples():
 def test_numbers_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.sampa(**arguments)
+
+
+def test_momentum_is_not_traced():
+    """It decides what is carried."""
+    with pytest.raises(TypeError, match=r"static_args=\('momentum',\)"):
+        sam_optax.sampa(momentum=jnp.array(0.9))
 
 
 def test_a_part_used_alone_says_what_it_needs():

@@ -308,7 +308,11 @@ def another_ascent(
         if loss_fn is not None:
             other = dataclasses.replace(other, _loss_fn=loss_fn)
         return Choice(
-            batch.forward(params), other.gradient, batch.gradient, recompute=True
+            batch.forward(params),
+            other.gradient,
+            batch.gradient,
+            recompute=True,
+            only_ascent=True,
         )
 
     return rule
@@ -338,11 +342,10 @@ def choose(rule: DataRule, batch: Batch, params: Any) -> Choice:
 
         return pass_at
 
-    return Choice(
-        seen,
-        pass_for_step(_checked(choice.ascent, "ascent")),
-        pass_for_step(_checked(choice.descent, "descent")),
-        choice.recompute,
+    return choice.replace(
+        seen=seen,
+        ascent=pass_for_step(_checked(choice.ascent, "ascent")),
+        descent=pass_for_step(_checked(choice.descent, "descent")),
     )
 
 

@@ -164,5 +164,5 @@ def over_devices(
     seen = own.seen._replace(
         loss=axis.mean(own.seen.loss), gradient=axis.mean(own.seen.gradient)
     )
-    choice = averaged(axis.mean).replace(seen=seen)
+    choice = averaged(axis.mean).replace(seen=seen, averaged_over=axis.names)
     return choice, None if axis.is_one_group else per_group

@@ -63,6 +63,9 @@ class Choice:
       recompute: True if g is not the gradient, at w, of the examples that the step
         descends on. A descent that compares gᵃ with that gradient, and a step without
         ascent, then take it from `descent(params)`. Default False.
+      only_ascent: True if the choice concerns the ascent alone. It would have no effect
+        with an ascent that uses no gradient, and is refused there. Default False.
+      averaged_over: the axes of devices over which the passes are averaged.
       value_slot: called once a step with (loss, aux) of the pass at w + ε, or at w if
         the step does not ascend. Default None: nobody asks.
     """
@@ -71,6 +74,8 @@ class Choice:
     ascent: Callable[[Any], Pass]
     descent: Callable[[Any], Pass]
     recompute: bool = False
+    only_ascent: bool = False
+    averaged_over: tuple[str, ...] = ()
     value_slot: Callable[[Any], Any] | None = None
 
     def __call__(self, point: Any) -> Pass:
@@ -110,6 +115,24 @@ def as_choice(grad_fn: Callable[[Any], Any], like: optax.Updates) -> Choice:
         return result
 
     return Choice(None, evaluate, evaluate)
+
+
+NO_EFFECT = (
+    "The ascent makes no use of a gradient, so ascent_batch=, ascent_loss_fn= and "
+    "data.sub_batch, which say what that gradient is of, would have no effect. Leave "
+    "them out, or take an ascent along the gradient, such as sam_optax.ascents.sam()."
+)
+
+
+def noting(passes: Choice) -> tuple[Choice, list[Any]]:
+    """The same choice, and a list of the points at which its ascent was evaluated."""
+    points: list[Any] = []
+
+    def ascent(point: Any) -> Pass:
+        points.append(point)
+        return passes.ascent(point)
+
+    return passes.replace(ascent=ascent), points
 
 
 def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._parts import Descent, climb, uses_gradient
+from sam_optax._parts import Descent, climb_and_check, uses_gradient
 from sam_optax._rounding import Rounding
 from sam_optax._step.inputs import UNKNOWN, Choice, Pass, as_choice
 from sam_optax._step.report import AtPerturbed, unknown
@@ -44,10 +44,14 @@ class Path:
     ) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
         """(ε, the ascent's next state, whether its source is finite or None)."""
         g = _tree.at_least_float32(g)
-        extra_args = self._shared_args(passes.ascent, group) | {"ascent_gradient": g}
+        extra_args = self._shared_args(passes, passes.ascent, group) | {
+            "ascent_gradient": g
+        }
         if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
             extra_args |= self.descent.for_ascent(self.state.descent_state)
-        return climb(self.ascent, g, self.state.ascent_state, self.params, extra_args)
+        return climb_and_check(
+            self.ascent, g, self.state.ascent_state, self.params, extra_args
+        )
 
     def evaluate(
         self, passes: Choice, perturbation: optax.Updates, group: Any = None
@@ -117,7 +121,7 @@ class Path:
         descent_gradient = _tree.at_least_float32(there.descent_gradient)
         if self.descent is None:
             return descent_gradient, self.state.descent_state
-        extra_args = self._shared_args(passes.descent, group)
+        extra_args = self._shared_args(passes, passes.descent, group)
         # The same function shows that both gradients see the same examples.
         is_another = passes.recompute
         ascent_grad_fn = _gradient_of(passes.ascent) if is_another else None
@@ -174,12 +178,12 @@ class Path:
         return self.rounding.perturb(params, perturbation, key_data, group)
 
     def _shared_args(
-        self, evaluate: Callable[[Any], Pass], group: Any
+        self, passes: Choice, evaluate: Callable[[Any], Pass], group: Any
     ) -> dict[str, Any]:
         """The extra arguments that an ascent and a descent both receive."""
         return {
             **self.extra_args,
-            "grad_fn": _gradient_of(evaluate),
+            "grad_fn": _gradient_of(evaluate, passes.averaged_over),
             "value_and_grad_fn": _value_and_gradient_of(evaluate),
             "perturb": lambda params, e: self._perturbed(params, e, group),
             "group": group,
@@ -190,8 +194,15 @@ def _floats(state: optax.OptState) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(state) if _tree.is_inexact(leaf)]
 
 
-def _gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
-    return lambda point: evaluate(point).gradient
+def _gradient_of(
+    evaluate: Callable[[Any], Pass], averaged_over: tuple[str, ...] = ()
+) -> Callable[[Any], Any]:
+    def gradient(point):
+        return evaluate(point).gradient
+
+    function: Any = gradient
+    function.averaged_over = averaged_over
+    return function
 
 
 def _value_and_gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:

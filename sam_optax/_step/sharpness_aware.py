@@ -22,10 +22,12 @@ from sam_optax._random import Key
 from sam_optax._rounding import Rounding
 from sam_optax._step.carrier import SharpnessAwareGradients
 from sam_optax._step.inputs import (
+    NO_EFFECT,
     as_choice,
     check_axes,
     check_call,
     check_is_whole,
+    noting,
     warn_if_descends,
 )
 from sam_optax._step.path import Path
@@ -193,6 +195,8 @@ def sharpness_aware(
             return updates.unpack(recipe, state)
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
+        must_be_asked = passes.only_ascent and not uses_gradient(ascent)
+        passes, was_asked = noting(passes)
         rounding.warn_of_lost_digits(params, mask)
         is_measured = report is not None
         path = Path(
@@ -253,6 +257,8 @@ def sharpness_aware(
         d, descent_state, cadence_state, measured, value = _cond(
             ascends, with_second_gradient, without_second_gradient
         )
+        if must_be_asked and not was_asked:
+            raise ValueError(NO_EFFECT)
         ascent_state = follow(ascent, d, ascent_state, params)
         rounding_key = rounding.advance(state.rounding_key)
         new = SharpnessAwareState(

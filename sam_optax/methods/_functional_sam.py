@@ -46,8 +46,9 @@ def functional(
     Returns:
       A rule for the `data=` argument of the helpers. Its attribute `loss_fn` is the
       loss as a function of the parameters, outputs_loss(outputs_fn(w, ...), ...): pass
-      it as the loss_fn of the helper. Any ascent goes with the rule, and any descent:
-      where the outputs are linear in the parameters, gᵃ = g.
+      it as the loss_fn of the helper. Any ascent goes with the rule. Where the outputs
+      are linear in the parameters, gᵃ = g. A descent that takes gradients of its own
+      takes those of the rule.
 
     Raises:
       TypeError: if one of the two is not a function.
@@ -108,7 +109,8 @@ class FunctionalRule:
             raise ValueError(
                 "data.functional takes the loss apart, so the helper must be given its "
                 "own: rule = data.functional(outputs_fn, outputs_loss), and "
-                "sam_value_and_grad(rule.loss_fn, sam, data=rule)."
+                "sam_value_and_grad(rule.loss_fn, sam, data=rule). With an NNX model, "
+                "split it, and merge it in outputs_fn: sam_optax.nnx wraps the loss."
             )
         ell = batch.with_loss(self._outputs_loss)
         at_w = batch.call(self._outputs_fn, params)

@@ -59,6 +59,8 @@ def after(start: int | jax.Array) -> Cadence:
       0.54
     """
     _check_start(start)
+    if isinstance(start, (int, np.integer, np.ndarray)):
+        start = min(int(start), np.iinfo(np.int32).max)  # which is never reached
 
     def decide(g, state):
         del g
@@ -72,7 +74,8 @@ def after(start: int | jax.Array) -> Cadence:
 
 
 def _check_start(start: int | jax.Array) -> None:
-    if isinstance(start, (jax.Array, np.ndarray)) and jnp.ndim(start) == 0:
+    is_scalar = isinstance(start, (jax.Array, np.ndarray)) and jnp.ndim(start) == 0
+    if is_scalar and jnp.issubdtype(jnp.result_type(start), jnp.integer):
         return
     if not is_integer(start):
         raise TypeError(

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number, require_grad_fn, require_params
+from sam_optax._checks import (
+    check_number,
+    check_static_number,
+    require_grad_fn,
+    require_params,
+)
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled, unscheduled
 from sam_optax._parts import Descent, chain
 from sam_optax._rounding import round_to_nearest
@@ -59,8 +64,8 @@ def mix_with_lookahead(
     """
     check_number("learning_rate", learning_rate, at_least=0)
     check_number("lam", lam, at_least=0, at_most=1)
-    check_number("momentum", momentum, at_least=0, below=1)
-    check_number("weight_decay", weight_decay, at_least=0)
+    check_static_number("momentum", momentum, at_least=0, below=1)
+    check_static_number("weight_decay", weight_decay, at_least=0)
 
     def init_fn(params: optax.Params) -> LookaheadState:
         base_momentum = _tree.zeros_like(params) if momentum else ()
@@ -134,6 +139,12 @@ def _check_halves(halves: str, grad_fn: GradFn, ascent_grad_fn: GradFn) -> None:
             "in. Name the axis of length 2 that divides the devices, or leave halves= "
             "out to take one gradient after the other."
         ) from error
+    if halves in getattr(grad_fn, "averaged_over", ()):
+        raise ValueError(
+            f"axis_name= averages the gradients over {halves!r}, the axis of halves=, "
+            "along which they are to differ. Name the other axes alone, over which the "
+            "batch is divided."
+        )
     if size != 2:
         raise ValueError(
             f"halves= takes one gradient on each half of the devices, so the axis "
@@ -203,9 +214,9 @@ def sampa(
         ahead then follows: w − η (y + μ m + λ_w w). A momentum is carried once more
         here. Default 0, as in the paper's algorithm.
       halves: the name of an axis of length 2 of a `shard_map` or `pmap`. Devices at its
-        index 0 take the gradient at w + ε, and those at index 1 the one ahead; the
-        batch must be the same along it. Default None: each device takes both, one after
-        the other.
+        index 0 take the gradient at w + ε, and those at index 1 the one ahead. The
+        batch must be the same along it, and axis_name= must not name it. Default None:
+        each device takes both, one after the other.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:
@@ -245,7 +256,8 @@ def sampa(
 
     Cost: 2 gradients a step, side by side with halves=, where a sum over the two halves
     exchanges two trees; a forward pass more if the loss or the auxiliary output at w is
-    used. One tree is carried, and another with momentum, in at least float32.
+    used. A step that does not ascend takes y all the same, and its m follows the
+    mixture, not d. One tree is carried, and another with momentum, in at least float32.
     """
     descent = mix_with_lookahead(
         learning_rate,

@@ -63,7 +63,11 @@ def sub_batch(fraction: float) -> DataRule:
         else:  # a slice stays on the devices that hold the examples
             part = batch.take(slice(None, None, size // count))
         return Choice(
-            part.gradient(params), part.gradient, batch.gradient, recompute=True
+            part.gradient(params),
+            part.gradient,
+            batch.gradient,
+            recompute=True,
+            only_ascent=True,
         )
 
     return rule
