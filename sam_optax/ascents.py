@@ -2,10 +2,10 @@
 
 An ascent is an ordinary Optax transformation: its update receives g, and returns ε. You
 build one from parts with `ascents.chain`; in a chain, each part receives the output of
-the part before. (`optax.chain` does as well, unless a part follows d, as `msam` does. It also forgets
-that an ascent makes no use of g, so that the guard has g computed.)
-All parts of this module return at least float32, so that no digits of
-ε are lost before w + ε is rounded to the dtype of w.
+the part before. (`optax.chain` does as well, but it refuses parts that follow d, as
+`msam` does, and forgets that an ascent makes no use of g, so that the guard has g
+computed.) All parts of this module return at least float32, so that no digits of ε are
+lost before w + ε is rounded to the dtype of w.
 
 Besides g and the parameters, the update of an ascent receives these extra arguments:
 
