@@ -77,7 +77,8 @@ def sam_value_and_grad(
         pass that gives the gradient d is made of, at w + ε, or at w on a step that does
         not ascend. A method such as `msam`, which takes no gradient at w, then needs no
         other pass; with the default, such a method needs a forward pass more if the
-        loss or the auxiliary output is used. "perturbed" does not go with m= or perturbations per device.
+        loss or the auxiliary output is used. "perturbed" does not go with m= or with
+        perturbations per device.
       ascent_loss_fn: a loss of its own for the gradient from which ε is made, as a
         function of the same arguments, with an auxiliary output if loss_fn has one
         (which is not used). Everything else, d above all, comes from loss_fn. Default
