@@ -335,11 +335,12 @@ def decayed_loss(params, x, y, weight_decay):
 
 def slow_but_for_two(cases):
     """Of each method two cases, and the others with -m slow."""
-    seen = collections.Counter()
+    seen, params = collections.Counter(), []
     for case in cases:
         seen[case["method"]] += 1
         marks = [pytest.mark.slow] if seen[case["method"]] > 2 else []
-        yield pytest.param(case, id=case["name"], marks=marks)
+        params.append(pytest.param(case, id=case["name"], marks=marks))
+    return params
 
 
 @pytest.mark.parametrize(
