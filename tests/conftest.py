@@ -55,6 +55,17 @@ def kind(request):
     return request.param
 
 
+def pytest_collection_modifyitems(items):
+    items[:] = [
+        item
+        for item in items
+        if not (
+            item.get_closest_marker("gradients_alone")
+            and TABLE[item.callspec.params["kind"]].needs_loss
+        )
+    ]
+
+
 @pytest.fixture
 def double_precision():
     with jax.enable_x64(True):

@@ -120,7 +120,7 @@ def norm_of_matrices(epsilon, w, g, **values):
 
 def by_names(params):
     """All that has a name, so that the same radius is seen as without a mask."""
-    if not isinstance(params, dict):
+    if not (isinstance(params, dict) and "a" in params):
         return True
     return sam_optax.methods.mask_by_name("a", "b")(params)
 

@@ -31,6 +31,7 @@ class Plain(nn.Module):
         return nn.Dense(1)(nn.tanh(nn.Dense(4)(x)))[..., 0]
 
 
+@pytest.mark.gradients_alone
 @pytest.mark.parametrize("frozen", [False, True])
 def test_train_state_works_unmodified(sam, frozen):
     """And gives what the second door gives, frozen dict or not."""

@@ -32,6 +32,7 @@ def test_nnx_gradients_check_their_options_when_built(options):
         sam_optax.nnx.value_and_ascent_grad(lambda model, x: x, **options)
 
 
+@pytest.mark.gradients_alone
 def test_nnx_optimizer_forwards_grad_fn(sam):
     class Model(nnx.Module):
         def __init__(self, rngs):

@@ -18,6 +18,7 @@ MASKS = {
 }
 
 
+@pytest.mark.gradients_alone
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_mask_perturbs_only_part_but_every_gradient_is_real(kind, mask):
     """On the second step, which the carried state has come to through the first."""

@@ -43,6 +43,7 @@ def scaled_step(sam, tx, loss_fn):
     return step
 
 
+@pytest.mark.gradients_alone
 def test_the_loss_scale_changes_nothing(sam):
     """Powers of two are exact, so that not a bit may differ."""
     tx = optax.chain(sam, optax.sgd(0.05, momentum=0.9))
@@ -81,6 +82,7 @@ def test_unscaling_through_the_first_door():
     assert_trees_equal(train(1.0), train(2.0**10))
 
 
+@pytest.mark.gradients_alone
 def test_a_float16_overflow_is_skipped_and_poisons_nothing(sam):
     tx = optax.chain(sam, optax.apply_if_finite(optax.sgd(0.05, momentum=0.9), 100))
     step = scaled_step(sam, tx, half_loss)

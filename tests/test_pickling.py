@@ -3,10 +3,12 @@
 import cloudpickle
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from methods import TABLE
 
 
+@pytest.mark.gradients_alone
 def test_a_transformation_survives_cloudpickle(kind):
     w = jnp.array([3.0, 4.0])
     sam = TABLE[kind]()

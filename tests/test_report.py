@@ -33,6 +33,7 @@ def reporting(name, door):
     return sam, step
 
 
+@pytest.mark.gradients_alone
 @pytest.mark.parametrize("door", DOORS)
 def test_a_report_measures_the_step(kind, door):
     """The first and a later one, when averages and keys have moved."""

@@ -21,6 +21,7 @@ from sam_optax import _rounding as rounding
 # --- Dtypes.
 
 
+@pytest.mark.gradients_alone
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_updates_keep_dtypes_and_state_is_at_least_float32(kind, dtype):
     with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():

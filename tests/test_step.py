@@ -41,12 +41,14 @@ def test_what_is_missing_is_an_error(kind):
         sam.update(w, state, w)
 
 
+@pytest.mark.gradients_alone
 def test_unknown_extra_arguments_are_ignored(kind):
     sam, w = TABLE[kind](), problem.params()
     update = functools.partial(sam.update, grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
     assert_trees_equal(update(epoch=3, labels=["a"]), update())
 
 
+@pytest.mark.gradients_alone
 def test_none_leaves_pass_through(kind):
     sam, w = TABLE[kind](), problem.params()
 
@@ -135,6 +137,7 @@ def test_what_follows_sees_d(kind):
     assert_trees_close(actual, w, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gradients_alone
 @pytest.mark.parametrize("where", ["after", "around"])
 def test_multi_steps(kind, where):
     """After SAM, they average sharpness-aware gradients. Around it, g is the average of
