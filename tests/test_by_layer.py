@@ -1,5 +1,7 @@
 """A norm and a scale for each leaf, and an ascent for each label, against formulas."""
 
+import itertools
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -285,3 +287,51 @@ def test_one_leaf_that_is_not_finite_spoils_d_and_no_other_leaf_of_u(bad):
     sam = sam_optax.sharpness_aware(tx)
     d, _ = sam.update(g, sam.init(w), w, grad_fn=lambda p: w)
     assert np.all(np.isnan(d["b"]))
+
+
+# --- Widths.
+
+SPECTRAL = ascents.chain(
+    ascents.normalize_by_leaf_norm(),
+    ascents.scale_by_fans(),
+    ascents.scale_by_rho(0.1),
+)
+
+
+def effects_of(ascent, width):
+    """The outputs' change h ε of each layer, to its outputs h W, by their lengths."""
+    sizes = (16, width, width, 10)
+    *keys, key = jax.random.split(jax.random.key(0), 4)
+    kernels = [
+        jax.random.normal(key, shape) / shape[0] ** 0.5
+        for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
+    ]
+    x = jax.random.normal(key, (8, 16))
+
+    def inputs_of_layers(kernels):
+        inputs = [x]
+        for kernel in kernels:
+            inputs.append(jnp.tanh(inputs[-1] @ kernel))
+        return inputs
+
+    def loss_fn(kernels):
+        targets = jnp.arange(8.0)[:, None] / 8
+        return jnp.mean(jnp.square(inputs_of_layers(kernels)[-1] - targets))
+
+    epsilon = perturbation_of(ascent, jax.grad(loss_fn)(kernels), kernels)
+    layers = zip(inputs_of_layers(kernels), epsilon, kernels, strict=False)
+    return np.array(
+        [jnp.linalg.norm(h @ e) / jnp.linalg.norm(h @ w) for h, e, w in layers]
+    )
+
+
+@pytest.mark.parametrize("width", [512, pytest.param(4096, marks=pytest.mark.slow)])
+def test_with_the_spectral_scale_a_perturbation_acts_alike_at_all_widths(width):
+    """And without it, first and last layer see ever less and ever more of it."""
+    spectral = effects_of(SPECTRAL, width) / effects_of(SPECTRAL, 64)
+    assert np.all((spectral > 0.5) & (spectral < 2))
+    sam = ascents.sam(0.1)
+    first, _, last = effects_of(sam, width) / effects_of(sam, 64)
+    growth = (width / 64) ** 0.5
+    assert first < 0.7 / growth
+    assert last > 0.5 * growth
