@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -64,6 +65,20 @@ def pytest_collection_modifyitems(items):
             and TABLE[item.callspec.params["kind"]].needs_loss
         )
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs():
+    """Forgets compiled programs when there are many.
+
+    Each takes several memory maps. Linux lets a process have 65,530 of them, and XLA
+    aborts the process when it gets no more. Programs that are used again come from the
+    compilation cache.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
