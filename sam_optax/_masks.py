@@ -93,6 +93,22 @@ def _is_bool(leaf: Any) -> bool:
     return isinstance(leaf, (bool, np.bool_))
 
 
+def check_selects(mask: Mask, params: Any) -> None:
+    """Refuses a mask that leaves no parameter to perturb."""
+    chosen = jax.tree.leaves(resolve_mask(mask, params))
+    if chosen and not any(chosen):
+        raise ValueError(
+            "The mask leaves no parameter to perturb: it is False for every one. A "
+            "step would be that of the base optimizer, and take two gradients."
+        )
+
+
+def masks_leaves(params: Any) -> bool:
+    """Whether `optax.masked`, or a mask of ours, has put placeholders into a tree."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+
+
 def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
     """Runs an ascent on the leaves where mask is True, with ε = 0 on the others.
 

@@ -61,7 +61,8 @@ def value_and_ascent_grad(
       (loss, aux), after the update.
 
     Raises:
-      ValueError: as `sam_optax.value_and_ascent_grad`; if loss_fn adds variables to the
+      ValueError: as `sam_optax.value_and_ascent_grad`; if the model has no variables of
+        the kind wrt; if loss_fn adds variables to the
         model, as `sow` does.
 
     Examples:
@@ -91,6 +92,12 @@ def value_and_ascent_grad(
 
     def value_and_ascent_grad_fn(model, /, *args, **kwargs):
         graph, params, others = nnx.split(model, wrt, ...)
+        if not jax.tree.leaves(params):
+            raise ValueError(
+                f"The model has no variables to train: none is of the kind {wrt!r}, "
+                "which is wrt=. For adapters, replace layers of the model by ones that "
+                "have them, such as nnx.LoRALinear."
+            )
         # Values, not the variables: these will have advanced at the second pass.
         others = nnx.as_pure(others)
 

@@ -335,3 +335,15 @@ def test_with_the_spectral_scale_a_perturbation_acts_alike_at_all_widths(width):
     growth = (width / 64) ** 0.5
     assert first < 0.7 / growth
     assert last > 0.5 * growth
+
+
+def test_a_label_that_no_parameter_has_raises():
+    parts = {"body": ascents.sam(0.1), "haed": ascents.sam(0.3)}
+    labels = {"x": "body", "y": "body"}
+    w = {"x": jnp.ones(2), "y": jnp.ones(1)}
+    wanted = r"No parameter has the label 'haed'.*that occur are \['body'\]"
+    with pytest.raises(ValueError, match=wanted):
+        sam_optax.sharpness_aware(ascents.by_label(parts, labels)).init(w)
+    # Under a mask, it may be the label of parameters that are not perturbed.
+    ascent = ascents.by_label(parts, lambda tree: jax.tree.map(lambda _: "body", tree))
+    sam_optax.sharpness_aware(ascent, mask={"x": True, "y": False}).init(w)

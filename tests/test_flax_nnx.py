@@ -304,3 +304,12 @@ def test_nnx_groups_average_what_they_make_of_statistics():
         means.append(model.norm.mean[...])
     np.testing.assert_allclose(others["norm"]["mean"], np.mean(means, 0), rtol=1e-4)
     assert all_finite(params)
+
+
+def test_a_model_without_variables_to_train_raises():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    gradients = sam_optax.nnx.value_and_ascent_grad(
+        lambda model, x: jnp.mean(model(x)), wrt=nnx.LoRAParam
+    )
+    with pytest.raises(ValueError, match=r"no variables to train.*LoRAParam"):
+        gradients(model, jnp.ones((4, 2)))

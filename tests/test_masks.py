@@ -146,3 +146,10 @@ def test_an_ascent_with_a_mask_needs_the_parameters():
     w = {"a": jnp.ones(2)}
     with pytest.raises(ValueError, match="An ascent with a mask needs the parameters"):
         ascent.update(w, ascent.init(w))
+
+
+@pytest.mark.parametrize("mask", [{"a": False, "b": False}, lambda w: False])
+def test_a_mask_that_leaves_nothing_to_perturb_raises(mask):
+    with pytest.raises(ValueError, match="leaves no parameter to perturb"):
+        sam_optax.sam(mask=mask).init(problem.params())
+    sam_optax.sam(mask=lambda w: False).init({})

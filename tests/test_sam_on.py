@@ -102,6 +102,8 @@ def test_the_spectral_scale_of_a_shape():
     np.testing.assert_allclose(other.update(jnp.ones((8, 2)), ())[0], 2.0)
     with pytest.raises(ValueError, match=r"it returned \(0, 2\)"):
         ascents.scale_by_fans(lambda shape: (0, 2)).update(jnp.ones(2), ())
+    with pytest.raises(ValueError, match=r"it returned \(1, inf\)"):
+        ascents.scale_by_fans(lambda shape: (1, jnp.inf)).update(jnp.ones(2), ())
 
 
 def test_impossible_arguments():

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
+from sam_optax._masks import masks_leaves
 from sam_optax._parts import Ascent, Cadence, Descent, uses_gradient
 from sam_optax._step.sameness import may_be_same
 
@@ -207,8 +208,7 @@ def warn_if_descends(ascent: optax.GradientTransformation) -> None:
 
 
 def check_is_whole(params: Any) -> None:
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    if masks_leaves(params):
         raise ValueError(
             "A SAM transformation inside optax.masked or optax.partition sees only "
             "part of the parameters, and the loss needs all of them. Put it outside, "

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._masks import Mask, masked, resolve_mask, restrict
+from sam_optax._masks import Mask, check_selects, masked, resolve_mask, restrict
 from sam_optax._parts import (
     Cadence,
     compares,
@@ -128,8 +128,9 @@ def sharpness_aware(
 
     Raises:
       ValueError: from init, if the transformation is inside of `optax.masked` or
-        `optax.partition`; from update, if params or grad_fn is missing, or grad_fn
-        returns something that is not a gradient.
+        `optax.partition`, or if the mask is False for every parameter; from update, if
+        params or grad_fn is missing, or grad_fn returns something that is not a
+        gradient.
         When building, if the descent compares gᵃ with g, and the ascent makes no use of
         g; or if a part of the ascent follows d, and what it is wrapped in does not hand
         d on.
@@ -169,6 +170,8 @@ def sharpness_aware(
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         check_is_whole(params)
+        if mask is not None:
+            check_selects(mask, params)
         if not was_tried:
             was_tried.append(True)
             warn_if_descends(recipe.ascent)

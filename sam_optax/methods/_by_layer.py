@@ -12,7 +12,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._masks import Mask, check_mask, resolve_mask, restrict
+from sam_optax._masks import Mask, check_mask, masks_leaves, resolve_mask, restrict
 from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
 
 Labels = Any  # a tree of labels, or a function of the parameters that returns one
@@ -136,7 +136,8 @@ def scale_by_fans(
       A stateless transformation. It returns half-precision leaves as float32.
 
     Raises:
-      ValueError: from `update`, if fans returns a number that is not positive.
+      ValueError: from `update`, if fans returns a number that is not positive and
+        finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -157,7 +158,7 @@ def scale_by_fans(
 
         def by_fans(u):
             fan_in, fan_out = fans(jnp.shape(u))
-            if not (fan_in > 0 and fan_out > 0):
+            if not (0 < fan_in < math.inf and 0 < fan_out < math.inf):
                 raise ValueError(
                     "fans must return two positive numbers, (fan_in, fan_out); for the "
                     f"shape {jnp.shape(u)} it returned {(fan_in, fan_out)}."
@@ -201,7 +202,8 @@ def by_label(
       draw the same ones for two labels, unless they have different keys.
 
     Raises:
-      ValueError: if a label has no ascent; from `init` or `update`.
+      ValueError: if a label has no ascent; from `init` or `update`. From `init`, if no
+        parameter has the label of an ascent.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -237,6 +239,14 @@ def by_label(
     }
 
     def init_fn(params):
+        is_masked = masks_leaves(params)  # then a label may be that of masked leaves
+        used = set(jax.tree.leaves(resolve(params)))
+        for label in ascents:
+            if not (is_masked or label in used):
+                raise ValueError(
+                    f"No parameter has the label {label!r}, which has an ascent. The "
+                    f"labels that occur are {sorted(used, key=str)}."
+                )
         return ByLabelState({k: part.init(params) for k, part in restricted.items()})
 
     def update_fn(updates, state, params=None, **extra_args):
