@@ -8,6 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from matplotlib.image import imread
 from scipy import stats
@@ -15,10 +16,14 @@ from scipy import stats
 import cifar10
 import friendly
 import harness
+import language_model
 import loaders
+import newer_methods
 import one_example
 import one_gradient_figure
 import which_method
+import which_method_figure
+from sam_optax import sharpness
 
 
 def experiment(name):
@@ -81,6 +86,25 @@ def momentum_sam_takes_one_gradient(runs):
     return runs.column("gradients") == gradients and -1 < min(cosines) < 1
 
 
+def every_method_has_its_measures(runs):
+    calibrated = runs.of(on="test", method="bsam")[0]
+    rare = runs.of(on="test", part="rare").values("method")
+    is_wider = calibrated["norm_nearby"] > calibrated["norm"] > 0
+    known = is_wider and calibrated["mean_nll"] != calibrated["nll"] > 0
+    return known and rare == ["sgd", "sam", "imb_sam", "focal_sam"]
+
+
+def rounding_to_few_bits_costs_more(runs):
+    eight, three = (
+        np.abs(np.subtract(runs.column(f"test_{bits}_bits"), runs.column("test")))
+        for bits in (8, 3)
+    )
+    own = np.not_equal(runs.column("own_test"), runs.column("fine_test"))
+    trained = runs.column("method"), runs.column("gradients"), own.tolist()
+    expected = ["adamw", "sam", "msam"], [1, 2, 1], [False, True, True]
+    return (eight < three).all() and max(eight) < 0.01 and trained == expected
+
+
 SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "learning_rates": ("", fastest_circles_less_with_stable_sam),
     "two_minima": ("", sam_ends_flatter),
@@ -93,6 +117,8 @@ SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "one_gradient": ("--data {} --tasks mnist text", momentum_sam_takes_one_gradient),
     "msam_radius": ("", lambda runs: len(runs.of(method="sam")) == 5 < len(runs) == 21),
     "which_method": ("--settings 1", look_sam_ascends_on_4_of_20_steps),
+    "newer_methods": ("--settings 1", every_method_has_its_measures),
+    "language_model": ("", rounding_to_few_bits_costs_more),
     "cifar10": ("--data {}", lambda runs: runs.column("gradients") == [1, 2]),
 }
 
@@ -115,24 +141,78 @@ def test_a_tiny_run(name, directory, tmp_path, capsys):
     assert is_right(harness.Runs(report["runs"]))
 
 
-def test_the_figure_of_one_gradient_draws_every_panel(tmp_path):
-    for file in ("which_method", "one_gradient"):
-        runs = [
-            {"on": "test", "task": task, "noise": noise, "seed": seed}
-            | {"method": method, "gradients": gradients, "test": 90 + seed + gradients}
-            for of, task, noise in one_gradient_figure.PANELS.values()
-            for method, gradients in (("sam", 2), ("msam_0.9", 1), ("other", 1.2))
-            for seed in range(2)
-            if of == file
-        ]
-        (tmp_path / f"{file}.json").write_text(json.dumps({"runs": runs}))
+def runs_for_figures(methods):
+    """Of method -> gradients, accuracy; with times in proportion to the gradients."""
+    seeds = harness.cases(
+        task=["digits", "mnist", "cifar"], noise=[0, 40], seed=range(3)
+    )
+    runs = [
+        case
+        | {"on": "test", "method": method, "gradients": gradients}
+        | {"test": accuracy + 0.1 * case["seed"] + (case["task"] == "mnist")}
+        for case in seeds
+        for method, (gradients, accuracy) in methods.items()
+    ]
+    stretch = {name: which_method.ENTRIES[name].stretch for name in methods}
+    runs += [
+        case | {"on": "time", "seconds": 2 * methods[case["method"]][0]}
+        for case in harness.cases(
+            task=["digits", "mnist"], method=methods, round=[0, 1]
+        )
+    ]
+    for run in runs:
+        run["seconds"] = run.get("seconds", 0) / stretch[run["method"]]
+    return harness.Runs(runs)
+
+
+COMPARED = {
+    **{"sgd": (1, 90), "sgd_twice": (2, 90.1), "sam": (2, 93), "msam_0.9": (1.1, 93.2)},
+    **{"asam": (2, 93.1), "fsam": (2.1, 94), "sgd_decay": (1, 92), "k_sam": (1.3, 80)},
+}
+
+
+def check_labels(panels):
+    """Inside of their axes, and no two that overlap."""
+    for labels in panels:
+        boxes = [label.get_window_extent() for label in labels]
+        for corner in (corner for box in boxes for corner in (box.min, box.max)):
+            assert labels[0].axes.bbox.contains(*corner)
+        assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
+def test_the_figure_of_all_methods_names_what_matters():
+    runs = runs_for_figures(COMPARED)
+    assert which_method.relative_time(runs, "k_sam", "mnist") == pytest.approx(1.3)
+    assert which_method.relative_time(runs, "sgd_twice", "digits") == pytest.approx(2)
+    _, panels = which_method_figure.draw(runs)
+    named = {"SGD", "SGD, twice the steps", "SGD, weight decay tuned", "SAM"}
+    named |= {"momentum-SAM", "fsam", "k_sam: 80 %"}  # not asam, which msam_0.9 beats
+    assert {label.get_text() for label in panels[0]} == named
+    assert {label.get_text() for label in panels[3]} == named - {"k_sam: 80 %"} | {
+        "k_sam: 81 %"
+    }
+    check_labels(panels)
+
+
+def test_the_figure_of_one_gradient_draws_the_panels_that_are_there(tmp_path):
+    runs = runs_for_figures(COMPARED)
+    (tmp_path / "which_method.json").write_text(json.dumps({"runs": runs}))
+    for count, kept in (
+        (5, runs),
+        (
+            4,
+            [r for r in runs if r["task"] != "cifar"]
+            + [r for r in runs if r["task"] == "cifar" and r.get("noise") == 0],
+        ),
+    ):
+        (tmp_path / "one_gradient.json").write_text(json.dumps({"runs": kept}))
+        figure, panels = one_gradient_figure.draw(tmp_path)
+        assert len(panels) == count
+        check_labels(panels)
+        dots = [axes.lines[0].get_xdata()[0] for axes in figure.axes]
+        assert dots == [1.1] * count  # of momentum-SAM, by time and by gradients
     one_gradient_figure.main(tmp_path, tmp_path / "figure.png")
-    picture = imread(tmp_path / "figure.png")[..., :3]
-    height, width = picture.shape[0] // 2, picture.shape[1] // 2
-    for part in (picture[:height], picture[height:]):
-        for panel in (part[:, :width], part[:, width:]):
-            blue = (panel[..., 2] > 0.6) & (panel[..., 0] < 0.3)
-            assert blue.sum() > 50  # of momentum-SAM
+    assert imread(tmp_path / "figure.png").std() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -212,6 +292,43 @@ def test_statistics():
     assert runs.best("test", "method", "rho", sign=-1).column("test") == [80]
     less = runs.of(method="a", rho=1).less(runs.of(method="b"), "test")
     assert less.show() == "+0.5"  # on the one seed that both have
+
+
+def test_the_measures_of_newer_methods():
+    x, y = np.ones((4, 64), np.float32), np.array([0, 1, 1, 3])
+    sure = np.full((4, 10), 0.05 / 9)
+    sure[:, 1] = 0.95  # right on two of four
+    found = newer_methods.calibration(sure, y)
+    assert found["test"] == 50
+    assert found["ece"] == pytest.approx(45)  # 95 % sure, 50 % right
+    assert found["nll"] == pytest.approx(-(np.log(0.95) + np.log(0.05 / 9)) / 2)
+    (train, labels), (_, others), _ = newer_methods.rare_digits(seed=1)
+    assert tuple(np.bincount(labels)) == newer_methods.COUNTS
+    assert newer_methods.COUNTS[0] == 50 and newer_methods.COUNTS[-1] == 2
+    originals = loaders.split(*loaders.load_digits(), (700, 300), seed=1)
+    assert len(train) == sum(newer_methods.COUNTS)
+    pairs = set(zip(originals[1][1].tolist(), others.tolist(), strict=True))
+    assert len(pairs) == 10  # the same order in every part
+    params = newer_methods.MODEL.init(jax.random.key(0), x)
+    near = newer_methods.largest_norm_nearby(params, x, y)
+    moved = jax.tree.map(jnp.subtract, near, params)
+    distance = optax.tree.norm(moved)
+    assert distance == pytest.approx(newer_methods.NEAR, rel=1e-4)
+    norms = [
+        sharpness.gradient_norm(newer_methods.mean_loss, at, (x, y))
+        for at in (params, near)
+    ]
+    assert norms[1] > norms[0]
+
+
+def test_matrices_are_rounded_to_few_bits_with_a_scale_for_each_output():
+    kernel = jnp.array([[0.9, -0.3, 0.0], [0.4, 0.16, 0.0]])
+    params = {"Dense_0": {"kernel": kernel, "bias": kernel[1]}, "place": kernel}
+    found = language_model.round_kernels(params, bits=3)  # 3 steps on either side
+    expected = [[0.9, -0.3, 0], [0.3, 0.2, 0]]
+    np.testing.assert_allclose(found["Dense_0"]["kernel"], expected, atol=1e-6)
+    found["Dense_0"]["kernel"] = kernel
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 def test_the_data_of_the_trainings():

@@ -14,17 +14,22 @@ import sam_optax
 PLAIN = "plain"  # the base optimizer alone
 
 
-def make_step(loss_fn, method: str, base, hyper: dict | None = None, **options):
+def make_step(loss_fn, method, base, hyper: dict | None = None, **options):
     """A step of a method of `sam_optax.METHODS` with `hyper`, or of `base` alone.
 
+    A method that stands apart is a function: base, hyper -> sam, the whole optimizer.
     `options` are those of `sam_value_and_grad`. Returns init: params -> opt_state, and
     step: params, opt_state, *batch -> params, opt_state, loss, report.
     """
     # PLAIN computes one gradient, and no other branch is in its program.
     is_plain = method == PLAIN
-    sam = sam_optax.sam() if is_plain else sam_optax.METHODS[method].make(**hyper or {})
     ascend = {"ascend": False} if is_plain else {}
-    tx = optax.chain(sam, base)
+    if callable(method):
+        sam, tx = method(base, hyper)
+    else:
+        made = None if is_plain else sam_optax.METHODS[method].make(**hyper or {})
+        sam = made or sam_optax.sam()
+        tx = optax.chain(sam, base)
     loss_and_grads = sam_optax.sam_value_and_grad(loss_fn, sam, report=True, **options)
 
     def step(params, opt_state, *batch, **arguments):
@@ -56,6 +61,18 @@ def decayed_sgd(steps: int, weight_decay: float = 5e-4) -> Callable[[Any], Any]:
         return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
 
     return make_base
+
+
+@functools.cache
+def what_sampa_knows(steps: int, weight_decay: float) -> Callable[[Any], dict]:
+    """Learning rate -> the arguments by which SAMPa knows `decayed_sgd`."""
+
+    def arguments(learning_rate):
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+        known = {"learning_rate": schedule, "momentum": 0.9}
+        return known | {"weight_decay": weight_decay}
+
+    return arguments
 
 
 class MLP(nn.Module):
@@ -126,7 +143,7 @@ class Trainer(NamedTuple):
 @functools.cache  # settings are no part of the program
 def make_trainer(
     model: nn.Module,
-    method: str,
+    method: str | Callable[..., tuple],
     make_base: Callable[[jax.Array], optax.GradientTransformation],
     batch_size: int,
     *,
@@ -135,14 +152,18 @@ def make_trainer(
     data: sam_optax.data.DataRule | None = None,
     watch: Callable[[sam_optax.Report], Any] = lambda report: report,
     program: str = "epoch",
+    further: Callable[[jax.Array], dict[str, Any]] | None = None,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
+
+    `method` is one of `make_step`.
 
     `arguments`, of (loss_fn, params, key, index, x, y), gives further arguments of a
     step, where index says which examples are in the batch. `m` and `data` are those of
     `sam_value_and_grad`, and `watch` says what an epoch returns of each step's report.
     `program` says what is compiled: an epoch, or a step for networks with convolutions,
-    which XLA makes slow in a loop on a CPU.
+    which XLA makes slow in a loop on a CPU. `further`, of the learning rate, gives
+    arguments of the method that are not numbers of `hyper`.
     """
 
     def loss_fn(params, x, y):
@@ -151,9 +172,10 @@ def make_trainer(
 
     def build(hyper):
         hyper = dict(hyper)
-        base = make_base(hyper.pop("learning_rate"))
+        learning_rate = hyper.pop("learning_rate")
+        hyper |= further(learning_rate) if further else {}
         options = {"batch_argnums": (1, 2), "m": m, "data": data}
-        return make_step(loss_fn, method, base, hyper, **options)
+        return make_step(loss_fn, method, make_base(learning_rate), hyper, **options)
 
     def init(hyper, key, x):  # not jitted, so that its parts are compiled but once
         params = model.init(key, x[:1])

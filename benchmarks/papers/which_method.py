@@ -13,10 +13,14 @@ Every method chooses among eight settings by its mean accuracy on validation ima
 is then tested on new seeds. For SGD these are eight learning rates; for `sgd_decay`,
 two learning rates times four weight decays; for the others, two learning rates times
 four radii, which are those of SAM times a number for the method, as RHOS and UNITS
-below say. What else a method has is as the library has it by default. `msam_0.5` is
-momentum-SAM with a decay of 0.5, `late_sam_0.3` is SAM on the last 30 % of the steps,
-and `sub_batch_4` takes the ascent gradient of 4 images. SAMPa is left out, because it
-has to know the schedule of the learning rate.
+below say. What else a method has is as the library has it by default, except that
+`sagm` descends on the mean of its two gradients, as its authors' code does, because
+their sum doubles the learning rate; that LE-SAM chooses σ in the place of ρ, which is
+only its largest radius, and `universal_sam` the weight λ of its sharpness; and that
+SAMPa is told the base optimizer. `msam_0.5` is momentum-SAM with a decay of 0.5,
+`late_sam_0.3` is SAM on the last 30 % of the steps, and `sub_batch_4` takes the ascent
+gradient of 4 images. `sam_on` is left out: it perturbs normalisation layers alone, and
+these networks have none.
 
 Gradients are counted on the steps that take them, a forward pass as a third of one.
 Time is measured afterwards, in rounds in which every method trains for some 60 steps.
@@ -37,7 +41,14 @@ from scipy import stats
 import sam_optax
 from harness import Experiment, Runs, arguments, cases, describe, setting_of, tuned
 from loaders import load_digits, load_mnist_test, split
-from training import MLP, PLAIN, Trainer, decayed_sgd, make_trainer
+from training import (
+    MLP,
+    PLAIN,
+    Trainer,
+    decayed_sgd,
+    make_trainer,
+    what_sampa_knows,
+)
 
 BATCH_SIZE = 64
 NOISES = [0, 40]  # % of the training labels
@@ -55,16 +66,37 @@ UNITS = {
     **dict.fromkeys(("asam", "fasam", "stable_asam"), 10),
     **dict.fromkeys(("usam", "stable_usam", "rst", "ae_sam"), 2),
     **{"sam_every_k": 3, "sam_plus_gap": 0.5, "wsam": 0.1, "random_sam": 40},
-    **{"msam": 4, "late_sam": 2},
+    **{"msam": 4, "late_sam": 2, "sampa": 2, "sagm": 2, "gam": 2, "universal_sam": 2},
+    **{"le_sam": 0.5, "layerwise_sam": 0.2, "lpf_sgd": 0.1},
 }
-VARIED = ("msam", "late_sam", "sampa")  # not with their defaults
+VARIED = ("msam", "late_sam")  # not with their defaults
+LEFT_OUT = ("sam_on",)
+# Methods that ascend on some steps only, and then take two gradients.
+SOMETIMES = ("look_sam", "sam_every_k", "rst", "ae_sam", "ae_look_sam")
 SIZES = {"digits": (700, 300), "mnist": (2000, 1000)}  # to train on, for validation
 WIDTHS = {"digits": (128, 128, 10), "mnist": (64, 64, 10)}
 FORWARD = 1 / 3  # of a gradient
-# Gradients of a step that ascends, where they are not two.
-PASSES = {"random_sam": 1 + FORWARD, "rsam": 2 + FORWARD, "multi_step_sam": 3}
+RADII = {
+    "le_sam": "sigma",
+    "universal_sam": "lam",
+}  # what is chosen in the place of rho
 
 
+def passes_of(name: str) -> float:
+    """Gradients of a step that ascends."""
+    if name in SOMETIMES:
+        return 2
+    record = sam_optax.METHODS[name]
+    return record.gradients() + FORWARD * ("a forward pass" in record.cost)
+
+
+def as_released(learning_rate) -> dict[str, bool]:
+    del learning_rate
+    return {"as_released": True}
+
+
+# Of the base's steps and weight decay: `further` of `make_trainer`.
+FURTHER = {"sagm": lambda *_: as_released, "sampa": what_sampa_knows}
 ASCENDED = operator.attrgetter("ascended")  # what the trainings watch
 
 
@@ -98,7 +130,10 @@ class Entry(NamedTuple):
         draws = made and "key" in inspect.signature(made.make).parameters
         more: dict = {"key": jax.random.fold_in(key, 1)} if draws else {}
         more |= {"start": round((1 - self.late) * steps)} if self.late < 1 else {}
-        return setting_of(setting) | more | dict(self.options)
+        numbers = setting_of(setting)
+        if self.method in RADII:
+            numbers[RADII[self.method]] = numbers.pop("rho")
+        return numbers | more | dict(self.options)
 
     def epochs(self, task: str, steps: int) -> int:
         return self.stretch * math.ceil(steps / (SIZES[task][0] // BATCH_SIZE))
@@ -106,6 +141,8 @@ class Entry(NamedTuple):
     def trainer(self, task: str, steps: int, weight_decay=WEIGHT_DECAY) -> Trainer:
         base = decayed_sgd(steps, weight_decay)
         options = {"data": self.rule, "watch": ASCENDED}
+        if self.method in FURTHER:
+            options["further"] = FURTHER[self.method](steps, weight_decay)
         model = MLP(WIDTHS[task])
         return make_trainer(model, self.method, base, BATCH_SIZE, **options)
 
@@ -123,9 +160,9 @@ ENTRIES = {
     "sgd": Entry(PLAIN),
     "sgd_twice": Entry(PLAIN, stretch=2),
     **{
-        name: Entry(name, UNITS.get(name, 1), PASSES.get(name, 2))
+        name: Entry(name, UNITS.get(name, 1), passes_of(name))
         for name in sam_optax.METHODS
-        if name not in VARIED
+        if name not in VARIED + LEFT_OUT
     },
     "sgd_decay": Entry(PLAIN, tries_decays=True),
     **{f"msam_{decay}": momentum_sam(decay) for decay in (0, 0.5, 0.9)},
@@ -149,6 +186,15 @@ def clearly(runs: Runs, sam: Runs) -> str:
     if not abs(pairs.mean) > pairs.half_width:
         return " "
     return "▲" if pairs.mean > 0 else "▼"
+
+
+def relative_time(runs: Runs, method: str, task: str) -> float:
+    """Of a training to one of SGD, the median over the rounds; NaN if not timed."""
+    timed = runs.of(on="time", task=task)
+    mine, sgd = (timed.column("seconds", method=name) for name in (method, "sgd"))
+    if len(mine) < max(len(sgd), 1):  # of a command before, which --resume has kept
+        return math.nan
+    return ENTRIES[method].stretch * float(np.median(np.divide(mine, sgd)))
 
 
 class WhichMethod(Experiment):
@@ -208,10 +254,10 @@ class WhichMethod(Experiment):
         columns = {"gradients": gradients_of, "time": self.time}  # on the last task
         for case in self.cases:
             title = f"{case['task']}, {case['noise']} % noise"
-            everything[title] = groups = tests.of(**case).by("method")
+            everything[title] = groups = self.by_method(tests.of(**case))
             self.report_case(title, groups)
             columns[title] = functools.partial(self.marked, groups)
-        self.summary("method", tests.by("method"), columns)
+        self.summary("method", self.by_method(tests), columns)
         self.print("▲ ▼: clearly above, below sam on the same seeds")
         names = [name for name in self.args.methods if ENTRIES[name].method != PLAIN]
         for pair in itertools.combinations(everything, 2) if len(names) > 2 else ():
@@ -222,21 +268,18 @@ class WhichMethod(Experiment):
             correlation = np.corrcoef(*map(stats.rankdata, means))[0, 1]
             self.print(f"rank correlation, {' and '.join(pair)}: {correlation:.2f}")
 
+    def by_method(self, runs):
+        found = runs.by("method")
+        return {name: found[name] for name in self.args.methods if name in found}
+
     def marked(self, groups, group):
         """Accuracies of a method in a case, and whether they clearly differ."""
         mine = groups[group[0]["method"]]
         return f"{describe(mine.column('test'))} {clearly(mine, groups['sam'])}"
 
     def time(self, group):
-        """Of a training to one of SGD, the median over the rounds."""
-        name, timed = (
-            group[0]["method"],
-            self.runs.of(on="time", task=group[-1]["task"]),
-        )
-        mine, sgd = (timed.column("seconds", method=method) for method in (name, "sgd"))
-        if len(mine) < len(sgd):  # of a command before, which --resume has kept
-            return ""
-        return f"{ENTRIES[name].stretch * np.median(np.divide(mine, sgd)):.2f}"
+        time = relative_time(self.runs, group[0]["method"], group[-1]["task"])
+        return "" if math.isnan(time) else f"{time:.2f}"
 
     def setting(self, group, key):
         """With a star where it is the least or the largest of three or more."""
