@@ -10,11 +10,14 @@ import subprocess
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from matplotlib.image import imread
 
 import sam_optax
+from lab import assert_trees_equal
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -175,6 +178,41 @@ def test_data_parallel_is_the_same_on_one_process_and_on_two():
     assert len({match[1] for match in found}) == 1, printed
     assert "1 processes, 2 devices" in printed[0]
     assert "2 processes, 2 devices" in printed[1]
+
+
+def test_the_language_model_is_rounded_in_its_matrices_only():
+    script = load(EXAMPLES / "language_model.py")
+    kernel = jnp.array([[[0.9, -0.3]], [[0.4, 0.16]]])  # one input, two heads
+    expected = [[[0.9, -0.3]], [[0.3, 0.2]]]
+    np.testing.assert_allclose(script.round_to_bits(kernel, 3), expected, atol=1e-6)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.Embed(5, 2, rngs=rngs))
+    before = nnx.to_pure_dict(nnx.state(model))
+    after = nnx.to_pure_dict(nnx.state(script.rounded(model, bits=2)))
+    assert_trees_equal(nnx.to_pure_dict(nnx.state(model)), before)
+    linear = after["layers"][0]
+    largest = np.abs(linear["kernel"]).max(0)
+    assert set(np.unique(np.round(linear["kernel"] / largest, 5))) <= {-1, 0, 1}
+    linear["kernel"] = before["layers"][0]["kernel"]
+    assert_trees_equal(after, before)
+
+
+@pytest.mark.slow
+def test_the_language_model_trains_and_measures_what_it_says(tmp_path, capsys):
+    script = load(EXAMPLES / "language_model.py")
+    script.main(["--quick", "--steps", "60", "--output", str(tmp_path)])
+    rows = re.findall(r"│ (\w+) +((?:│ [0-9.]+ +)+)│", capsys.readouterr().out)
+    found = {name: [float(x) for x in re.findall("[0-9.]+", row)] for name, row in rows}
+    assert list(found) == ["adamw", "sam", "late_sam", "msam"]
+    for text, eight, four, three, tuned, code, gap, _ in found.values():
+        assert 3 < text < 4  # log 128 = 4.85 at the start
+        assert text == pytest.approx(eight, abs=0.01)
+        assert max(abs(four - text), abs(three - text)) > 0.001
+        assert tuned != text
+        assert code > 3
+        assert gap > 0
+    assert len({tuple(losses[:-1]) for losses in found.values()}) == 4
+    assert imread(tmp_path / "language_model.png").std() > 0.05
 
 
 @pytest.mark.slow
