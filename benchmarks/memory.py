@@ -365,6 +365,11 @@ def on_adapters(step: Step) -> Step:
     return step._replace(trained=make_adapters, frozen=make_weights)
 
 
+FSAM_IN_BFLOAT16 = sam_optax.sharpness_aware(
+    sam_optax.ascents.with_state_dtype(sam_optax.ascents.fsam(RHO))
+)
+
+
 def make_steps(setting: Setting) -> dict[str, Callable[[], Step]]:
     """name -> a function that builds the step."""
     loss_fn = make_loss(setting)
@@ -385,6 +390,7 @@ def make_steps(setting: Setting) -> dict[str, Callable[[], Step]]:
         "sam, in a branch": lambda: door2_in_a_branch(loss_fn, sam(RHO)),
         "gsam, in a branch": lambda: door2_in_a_branch(loss_fn, sam_optax.gsam(RHO)),
         "fsam, in a branch": lambda: door2_in_a_branch(loss_fn, sam_optax.fsam(RHO)),
+        "fsam, average in bfloat16": lambda: door1(loss_fn, FSAM_IN_BFLOAT16),
         "AdamW, micro-batches": lambda: plain(micro_loss),
         "SAM by hand, micro-batches": lambda: by_hand(micro_loss),
         "sam, micro-batches": lambda: door1(micro_loss, sam(RHO)),

@@ -81,13 +81,14 @@ def round_stochastically(params: Any, perturbation: Any, key: jax.Array) -> Any:
     leaves, structure = jax.tree.flatten(params)
     shifts = structure.flatten_up_to(perturbation)
     rounded = [
-        _stochastic(_sum(w, e), jnp.result_type(w), jax.random.fold_in(key, index))
+        round_at_random(_sum(w, e), jnp.result_type(w), jax.random.fold_in(key, index))
         for index, (w, e) in enumerate(zip(leaves, shifts, strict=True))
     ]
     return structure.unflatten(rounded)
 
 
-def _stochastic(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def round_at_random(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+    """x, up or down to a neighbour in the dtype, so that x is the expectation."""
     nearest = x.astype(dtype)
     if nearest.dtype == x.dtype:
         return nearest
@@ -95,7 +96,7 @@ def _stochastic(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     towards = jnp.where(error < 0, -jnp.inf, jnp.inf).astype(dtype)
     neighbour = jnp.nextafter(nearest, towards)
     gap = neighbour.astype(x.dtype) - nearest.astype(x.dtype)
-    # Moving to the neighbour with probability error / gap makes x the expectation.
+    # The neighbour is taken with probability error / gap.
     to_neighbour = jax.random.uniform(key, x.shape, x.dtype) * jnp.abs(gap) < jnp.abs(
         error
     )

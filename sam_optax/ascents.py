@@ -64,6 +64,7 @@ from sam_optax.methods._ssam import (
     keep_largest_gradient,
     mean_squared_gradients,
 )
+from sam_optax.methods._state_dtype import with_state_dtype
 from sam_optax.methods._unified_sam import monge_sam_ascent as monge_sam
 from sam_optax.methods._unified_sam import normalize_partly, shorten_by_slope
 from sam_optax.methods._unified_sam import unified_sam_ascent as unified_sam
@@ -121,5 +122,6 @@ __all__ = [
     "unified_sam",
     "usam",
     "vasso",
+    "with_state_dtype",
     "zsharp",
 ]

@@ -1,0 +1,111 @@
+"""The carried state of an ascent in a narrower dtype, for large models."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax._checks import require_params
+from sam_optax._parts import Ascent, climb, follow, follows, uses_gradient
+from sam_optax._random import Key, key_stream
+from sam_optax._rounding import round_at_random
+
+
+class NarrowState(NamedTuple):
+    """State of `with_state_dtype`."""
+
+    narrow_key: jax.Array  # key data, shape=(2,), dtype=jnp.uint32 for default keys
+    narrow_state: optax.OptState  # that of the ascent, its arrays in the dtype
+
+
+def with_state_dtype(
+    ascent: optax.GradientTransformation, dtype: Any = jnp.bfloat16, *, key: Key = 0
+) -> Ascent:
+    """Keeps what an ascent carries in a narrower dtype, rounded without bias.
+
+    An average of the gradient, as F-SAM and VaSSO carry it, is a copy of the
+    parameters in float32. In bfloat16 it takes half of that. To the nearest bfloat16,
+    an average with a decay near 1 would stand still, because each step changes it by
+    less than the distance of two such numbers. So it is rounded up or down at random,
+    with probabilities that keep its mean.
+
+    Args:
+      ascent: any ascent, or a part of one.
+      dtype: a floating-point dtype. Default bfloat16, which has float32's range.
+      key: a key for the rounding (int, typed or legacy). Default 0.
+
+    Returns:
+      An ascent that computes as before, in at least float32, and carries its
+      floating-point arrays in the dtype. Numbers without a shape, integers, keys, and
+      arrays that are no wider than the dtype stay as they are.
+
+    Raises:
+      TypeError: if the dtype is not a floating-point one, or the key is not a key.
+      ValueError: from `update`, if params are missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> from sam_optax import ascents
+      >>> fsam = ascents.with_state_dtype(ascents.fsam(rho=0.05))
+      >>> sam = sam_optax.sharpness_aware(fsam)
+      >>> state = sam.init(jnp.ones(3))
+      >>> print(state.ascent_state.narrow_state[0].gradient_ema)
+      [0 0 0]
+      >>> print(state.ascent_state.narrow_state[0].gradient_ema.dtype)
+      bfloat16
+
+    Cost: the random numbers of a step, one for each number that is carried.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}.")
+    narrow_dtype = jnp.dtype(dtype)
+    keys = key_stream(key, "with_state_dtype")
+
+    def is_narrowed(leaf: Any) -> bool:
+        return (
+            jnp.issubdtype(leaf.dtype, jnp.floating)
+            and len(leaf.shape) > 0
+            and leaf.dtype.itemsize > narrow_dtype.itemsize
+        )
+
+    def widen(state: Any, params: Any) -> Any:
+        own = jax.eval_shape(ascent.init, params)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), state, own)
+
+    def narrow(state: Any, key: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        return structure.unflatten(
+            round_at_random(leaf, narrow_dtype, jax.random.fold_in(key, index))
+            if is_narrowed(leaf)
+            else leaf
+            for index, leaf in enumerate(leaves)
+        )
+
+    def init_fn(params):
+        return NarrowState(
+            keys.start(),
+            jax.tree.map(
+                lambda x: x.astype(narrow_dtype) if is_narrowed(x) else x,
+                ascent.init(params),
+            ),
+        )
+
+    def climb_fn(updates, state, params=None, **extra_args):
+        require_params(params, "with_state_dtype")
+        key, key_data = keys.next(state.narrow_key)
+        wide = widen(state.narrow_state, params)
+        updates, wide, found = climb(ascent, updates, wide, params, extra_args)
+        return updates, NarrowState(key_data, narrow(wide, key)), found
+
+    def follow_fn(d, state, params):
+        key, key_data = keys.next(state.narrow_key)
+        wide = follow(ascent, d, widen(state.narrow_state, params), params)
+        return NarrowState(key_data, narrow(wide, key))
+
+    return Ascent.from_climb(
+        init_fn,
+        climb_fn,
+        follow_fn if follows(ascent) else None,
+        uses_gradient(ascent),
+    )
