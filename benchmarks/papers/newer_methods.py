@@ -8,7 +8,7 @@ says its method improves:
   flatness     GAM (https://arxiv.org/abs/2303.03108) and Eigen-SAM
                (https://arxiv.org/abs/2501.12666): the norm of the gradient over the
                training images at the end, and the largest within 0.2 of it; the leading
-               eigenvalue of the Hessian.
+               eigenvalue of the Hessian. Eigen-SAM is also trained with what SAM chose.
   low-pass     LPF-SGD (https://arxiv.org/abs/2201.08025) and Entropy-SGD
                (https://arxiv.org/abs/1611.01838), which the paper of StableSAM compares
                with it: accuracy. `lpf_sgd_8` draws noise for each 8 images of a batch.
@@ -51,6 +51,7 @@ MODEL = MLP((128, 128, 10))
 COUNTS = tuple(round(50 * 20 ** (-i / 9)) for i in range(10))
 RARE, RARE_BATCH_SIZE = 5, 32
 NEAR, CLIMBS = 0.2, 5  # where the largest norm of the gradient is looked for, and how
+AS_SAM = "test with SAM's setting"
 DRAWS, BINS = 32, 15  # of the posterior; of the calibration error
 
 # --- Methods --------------------------------------------------------------------------
@@ -251,6 +252,11 @@ class NewerMethods(Experiment):
         for case, entry in lines:
             settings = entry.settings()[: self.args.settings]
             yield from tuned(self.runs, case, settings, *seeds)
+        for run in self.runs.of(part="usual", on="test", method="sam"):
+            if "eigen_sam" in self.args.methods:
+                same = ("part", "noise", "learning_rate", "rho", "seed")
+                case = {key: run[key] for key in same}
+                yield case | {"method": "eigen_sam", "on": AS_SAM}
 
     def measure(self, part, on, method, seed, noise=0, **setting):
         key = jax.random.key(seed)
@@ -285,6 +291,8 @@ class NewerMethods(Experiment):
         tests = self.runs.of(on="test")
         for noise, runs in tests.of(part="usual").by("noise").items():
             groups = runs.by("method")
+            at_same = self.runs.of(on=AS_SAM, noise=noise)
+            groups |= {"eigen_sam, as sam": at_same} if at_same else {}
             if "bsam" in groups:
                 groups["bsam_mean"] = Runs(map(of_the_mean, groups["bsam"]))
             self.report_usual(f"{noise} % wrong labels", groups)
@@ -294,7 +302,7 @@ class NewerMethods(Experiment):
             columns |= {"less SAM's": ("test", 1, "sam")}
             columns |= {"rare, less SAM's": ("rare", 1, "sam")}
             self.summary("rare classes", groups, chosen() | columns)
-            self.draw("rare classes", groups, "test", "rho")
+            self.draw("rare classes", groups, "test", "seed")
 
     def report_usual(self, title, groups):
         other = "sam" if "sam" in groups else "sgd"
@@ -312,7 +320,7 @@ class NewerMethods(Experiment):
                 ratio, others=groups[other], key=key
             )
         self.summary(title, trained, columns)
-        self.draw(title, trained, "eigenvalue", "rho", yscale="log")
+        self.draw(title, trained, "eigenvalue", "seed", yscale="log")
 
 
 def of_the_mean(run: dict) -> dict:
