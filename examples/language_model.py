@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a run of seconds")
     parser.add_argument("--output", type=pathlib.Path, default="results")
     args = parser.parse_args(argv)
-    steps = args.steps or (8 if args.quick else 2000)
+    steps = args.steps or (8 if args.quick else 1500)
     width = args.width or (8 if args.quick else 64)
     blocks, held_out_size = (1, 16) if args.quick else (2, 500)
 
