@@ -1,5 +1,6 @@
 """The scripts of benchmarks/papers run and measure right, and so does their harness."""
 
+import functools
 import importlib
 import json
 import pickle
@@ -21,6 +22,7 @@ import loaders
 import newer_methods
 import one_example
 import one_gradient_figure
+import resnet
 import which_method
 import which_method_figure
 from sam_optax import sharpness
@@ -105,6 +107,12 @@ def rounding_to_few_bits_costs_more(runs):
     return (eight < three).all() and max(eight) < 0.01 and trained == expected
 
 
+def late_sam_ascends_in_the_second_half(runs):
+    tests = runs.of(on="test")
+    rates = runs.values("learning_rate")
+    return tests.column("gradients") == [1, 2, 1.5] and rates == [0.05]
+
+
 SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "learning_rates": ("", fastest_circles_less_with_stable_sam),
     "two_minima": ("", sam_ends_flatter),
@@ -119,6 +127,10 @@ SCRIPTS = {  # what makes a script smaller than --quick, and what it finds
     "which_method": ("--settings 1", look_sam_ascends_on_4_of_20_steps),
     "newer_methods": ("--settings 1", every_method_has_its_measures),
     "language_model": ("", rounding_to_few_bits_costs_more),
+    "small_resnet": (
+        "--data {} --methods late_sam --settings 1",
+        late_sam_ascends_in_the_second_half,
+    ),
     "cifar10": ("--data {}", lambda runs: runs.column("gradients") == [1, 2]),
 }
 
@@ -329,6 +341,24 @@ def test_matrices_are_rounded_to_few_bits_with_a_scale_for_each_output():
     np.testing.assert_allclose(found["Dense_0"]["kernel"], expected, atol=1e-6)
     found["Dense_0"]["kernel"] = kernel
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_a_convolution_as_a_product_of_matrices():
+    image_key, kernel_key = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(image_key, (2, 9, 10, 3))
+    kernel = jax.random.normal(kernel_key, (3, 2, 3, 4))
+
+    def squares(convolve, x, kernel):
+        layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        out = convolve(x, kernel, (2, 3), ((1, 1), (0, 2)), **layout)
+        return jnp.sum(out**2), out
+
+    slopes = jax.grad(squares, argnums=(1, 2), has_aux=True)
+    expected = slopes(jax.lax.conv_general_dilated, x, kernel)
+    found = slopes(resnet.convolve_by_matmul, x, kernel)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4), found, expected
+    )
 
 
 def test_the_data_of_the_trainings():

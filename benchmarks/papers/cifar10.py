@@ -171,8 +171,14 @@ class Trainer:
         return state, *(values.mean() for values in seen)
 
 
-def make_augmented_step(model: ResNet, method: str, base, hyper: dict[str, Any]):
-    """init: key -> State; step: State, index, key, x, y -> State, (loss, gradients)."""
+def make_augmented_step(
+    model: ResNet, method: str, base, hyper: dict, augment=crop_and_flip, **options
+):
+    """init: key -> State; step: State, index, key, x, y -> State, (loss, gradients).
+
+    `options` are those of `make_step`, and further arguments of a step those of its
+    step.
+    """
 
     def loss_fn(params, batch_stats, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -181,17 +187,19 @@ def make_augmented_step(model: ResNet, method: str, base, hyper: dict[str, Any])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), updated["batch_stats"]
 
-    init_optimizer, update = make_step(loss_fn, method, base, hyper, has_aux=True)
+    options |= {"has_aux": True}
+    init_optimizer, update = make_step(loss_fn, method, base, hyper, **options)
 
     def init(key):
         variables = init_variables(model, key)
         params = variables["params"]
         return State(params, variables["batch_stats"], init_optimizer(params))
 
-    def step(state, index, key, x, y):
-        images = normalize(crop_and_flip(key, x[index]))
+    def step(state, index, key, x, y, **arguments):
+        images = normalize(augment(key, x[index]))
+        trained = state.params, state.opt_state
         params, opt_state, (loss, batch_stats), report = update(
-            state.params, state.opt_state, state.batch_stats, images, y[index]
+            *trained, state.batch_stats, images, y[index], **arguments
         )
         return State(params, batch_stats, opt_state), (loss, 1 + report.ascended)
 
