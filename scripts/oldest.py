@@ -15,3 +15,5 @@ bounds = [*project["dependencies"], *extras["examples"]]
 for bound in bounds:
     name, version = re.fullmatch(r"([\w-]+)>=([\d.]+)", bound).groups()
     print(f"{name}=={version}" + ("" if version.count(".") == 2 else ".*"))
+# Newer ones warn of what the oldest Matplotlib calls, and warnings are errors in tests.
+print("pyparsing<3.3")
