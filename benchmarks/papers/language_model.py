@@ -46,7 +46,7 @@ TASK = Task(
     make_base=decayed_adamw,
     rates=(1e-2, 5e-3, 2e-2, 2.5e-3),
     decays=(1e-4, 0.1, 0.3, 1.0),
-    rhos=(0.03, 0.1, 0.3),
+    rhos=(0.03, 0.1, 0.01),
 )
 TESTED = 800  # windows of each text
 FINE_TUNED, FINE_EPOCHS, FINE_RATE = 1000, 2, 2e-3  # windows of the second text
@@ -135,6 +135,13 @@ def mean_loss(params, x, y) -> jax.Array:
     return losses_of(Decoder(), params, x, y)[0].mean()
 
 
+evaluate = jax.jit(mean_loss)
+
+
+def loss_of(params, x, y) -> float:
+    return float(evaluate(params, x, y))
+
+
 def sharpness_of(params, x, y) -> dict[str, float]:
     gap = sharpness.surrogate_gap(
         mean_loss, params, (x[:MEASURED], y[:MEASURED]), rho=GAP_RHO
@@ -185,49 +192,54 @@ class LanguageModel(Experiment):
         best = tried.best(by, *settings[0], sign=-1)[0]
         return {key: best[key] for key in settings[0]}
 
-    def measure(self, on, method, seed, **setting):
+    def measure(self, on, method, seed, weight_decay, **setting):
         train, validation = (min(self.args.train, size) for size in TASK.sizes)
-        text, held_out, test = divide(self.texts[0], (train, validation), seed)
+        text, *others = divide(self.texts[0], (train, validation), seed)
         code, test_of_code = divide(self.texts[1], (min(train, FINE_TUNED),), seed)
-        entry, start = ENTRIES[method], time.perf_counter()
+        parts = dict(zip(("validation", "test"), others, strict=True))
+        entry, hyper, start = ENTRIES[method], setting_of(setting), time.perf_counter()
         epochs = entry.stretch * self.args.epochs
-        hyper, decay = setting_of(setting), setting["weight_decay"]
-        state, ascended, evaluate = train_on(text, entry, hyper, decay, epochs, seed)
-        seconds = time.perf_counter() - start
+        params, ascended = train_on(text, entry, hyper, weight_decay, epochs, seed)
         found = {
             "gradients": entry.stretch * (1 + ascended * (entry.passes - 1)),
-            "seconds": seconds,
-            "train": float(evaluate(state, *(part[:TESTED] for part in text))[0]),
-            **sharpness_of(state.params, *text),
+            "seconds": time.perf_counter() - start,
+            "train": loss_of(params, *(part[:TESTED] for part in text)),
+            **sharpness_of(params, *text),
         }
-        parts = {"validation": held_out, "test": test}
         for name, part in parts.items():
-            found[name] = float(evaluate(state, *part)[0])
+            found[name] = loss_of(params, *part)
             for bits in BITS:
-                rounded = state._replace(params=round_kernels(state.params, bits))
-                found[f"{name}_{bits}_bits"] = float(evaluate(rounded, *part)[0])
-        found["code"] = float(evaluate(state, *test_of_code)[0])
-        hyper = hyper | {"learning_rate": FINE_RATE}
-        ways = {"fine": ENTRIES["adamw"]}
-        ways |= {"own": entry} if entry.method != PLAIN else {}
-        for name, way in ways.items():
-            given = hyper if way is entry else {"learning_rate": FINE_RATE}
-            decay = TASK.decays[0]
-            tuned_state, _, _ = train_on(
-                code, way, given, decay, FINE_EPOCHS, seed, state.params
-            )
-            for part_name, part in (*parts.items(), ("code", test_of_code)):
-                loss = float(evaluate(tuned_state, *part)[0])
-                found[f"{name}_{part_name}"] = loss
-        if entry.method == PLAIN:
-            names = (*parts, "code")
-            found |= {f"own_{name}": found[f"fine_{name}"] for name in names}
+                rounded = round_kernels(params, bits)
+                found[f"{name}_{bits}_bits"] = loss_of(rounded, *part)
+        parts["code"] = test_of_code
+        found["code"] = loss_of(params, *test_of_code)
+        for way, tuner in (("fine", ENTRIES["adamw"]), ("own", entry)):
+            if way == "own" and entry.method == PLAIN:  # the same again
+                found |= {f"own_{name}": found[f"fine_{name}"] for name in parts}
+                continue
+            given = hyper if way == "own" else {}
+            given = given | {"learning_rate": FINE_RATE}
+            args = (code, tuner, given, TASK.decays[0], FINE_EPOCHS, seed, params)
+            after, _ = train_on(*args)
+            for name, part in parts.items():
+                found[f"{way}_{name}"] = loss_of(after, *part)
         found["forgotten"] = found["fine_test"] - found["test"]
         found["own_forgotten"] = found["own_test"] - found["test"]
         return found
 
+    def tested(self, by: str) -> dict[str, Runs]:
+        """Of each method, the tests with the setting that it chose."""
+        on = FOR_4_BITS if by == "validation_4_bits" else "test"
+        tests, found = self.runs.of(on="test"), {}
+        for method in tests.values("method"):
+            chosen = {"method": method} | self.choice(method, by)
+            found[method] = self.runs.of(on=on, **chosen) or tests.of(**chosen)
+        return {method: group for method, group in found.items() if group}
+
     def report(self):
-        groups = self.runs.of(on="test").by("method")
+        for run in self.runs:
+            run |= {f"rise_{b}": run[f"test_{b}_bits"] - run["test"] for b in BITS}
+        groups, by_4_bits = map(self.tested, ("validation", "validation_4_bits"))
         columns = {
             "gradients": ("gradients", 2),
             "learning rate": "learning_rate",
@@ -236,25 +248,22 @@ class LanguageModel(Experiment):
             "train": ("train", 3),
             "test": ("test", 3),
             "less adamw's": ("test", 3, "adamw"),
+            "less adamw_twice's": ("test", 3, "adamw_twice"),
+            "gap": ("gap", 3),
+            "eigenvalue": ("eigenvalue", 1),
+            "eigenvalue less adamw's": ("eigenvalue", 1, "adamw"),
         }
         self.summary("loss", groups, columns)
-        by_4_bits = {}
-        for method, group in groups.items():
-            again = self.runs.of(on=FOR_4_BITS, method=method)
-            by_4_bits[method] = again or group
         for title, chosen in (("rounded", groups), ("chosen by 4 bits", by_4_bits)):
             columns = {"rho": "rho"} if chosen is by_4_bits else {}
             for bits in ("", *(f"_{bits}_bits" for bits in BITS)):
                 columns |= {f"test{bits}": (f"test{bits}", 3)}
-            columns |= {
-                f"{bits} bits less adamw's": (f"test_{bits}_bits", 3, "adamw")
-                for bits in BITS[1:]
-            }
+            for bits in BITS[1:]:
+                columns[f"less adamw's, {bits}"] = (f"test_{bits}_bits", 3, "adamw")
+                columns[f"rise, {bits}"] = (f"rise_{bits}", 3)
+                columns[f"rise less adamw's, {bits}"] = (f"rise_{bits}", 3, "adamw")
             self.summary(title, chosen, columns)
             self.report_forgetting(title, chosen)
-        columns = {"gap": ("gap", 4), "eigenvalue": ("eigenvalue", 1)}
-        columns |= {"gap less adamw's": ("gap", 4, "adamw")}
-        self.summary("sharpness", groups, columns)
         self.report_radii()
         self.panels += [draw_rounding(groups), draw_forgetting(groups)]
         self.panels += [self.draw_radii()]
@@ -270,8 +279,9 @@ class LanguageModel(Experiment):
                 "second text, own": "own_code",
             }.items()
         }
+        columns["forgotten"] = ("forgotten", 3)
         columns |= {"forgotten less adamw's": ("forgotten", 3, "adamw")}
-        columns |= {"own less adamw's": ("own_forgotten", 3, "adamw")}
+        columns |= {"its own, less adamw's": ("own_forgotten", 3, "adamw")}
         self.summary(f"fine-tuned, {title}", groups, columns)
 
     def report_radii(self):
@@ -294,7 +304,7 @@ class LanguageModel(Experiment):
                 rounding = np.subtract(y, x)
                 axes.plot(x, rounding, ".", label=method, color=f"C{i}", alpha=0.8)
             axes.set(
-                title="every setting that was tried",
+                title="each setting that was tried",
                 xlabel="validation loss",
                 ylabel="rise by rounding to 4 bits",
                 yscale="log",
@@ -306,7 +316,7 @@ class LanguageModel(Experiment):
 
 
 def train_on(data, entry: Entry, hyper, decay, epochs, seed, params=None):
-    """The last state, the share of the steps that ascended, and what evaluates it."""
+    """The last parameters, and the share of the steps that ascended."""
     batch_size = min(TASK.batch_size, len(data[0]))
     steps = epochs * (len(data[0]) // batch_size)
     late = {"start": round((1 - entry.late) * steps)} if entry.late < 1 else {}
@@ -324,7 +334,7 @@ def train_on(data, entry: Entry, hyper, decay, epochs, seed, params=None):
     for _ in range(epochs):
         state, seen = trainer.epoch(state, hyper, key, *data)
         ascended.append(np.mean(seen))
-    return state, float(np.mean(ascended)), trainer.evaluate
+    return state.params, float(np.mean(ascended))
 
 
 def draw_rounding(groups: dict[str, Runs]) -> Callable[[Any], None]:
@@ -358,7 +368,7 @@ def draw_forgetting(groups: dict[str, Runs]) -> Callable[[Any], None]:
                 style = {"color": f"C{i}", "markersize": 4, "alpha": 0.7}
                 axes.plot(x, y, marker, label=label, **style)
         axes.set(
-            title="after fine-tuning: ● with AdamW, × with its own",
+            title="fine-tuned: ● by AdamW, × by its own",
             xlabel="loss on the second text",
             ylabel="loss on the first text",
         )
