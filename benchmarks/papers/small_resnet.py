@@ -5,7 +5,7 @@
 This trains a ResNet of 175,000 parameters, with batch normalisation, on 10,000 images
 of CIFAR-10, with right labels and with 40 and 60 % of them replaced by any of the ten,
 so that one in ten of these is right by chance. The network is small enough for two CPU
-cores: its first convolution takes every fourth pixel, in each direction.
+cores: its first convolution has a stride of 4.
 
 Every method chooses one number by the accuracy on 2,000 validation images with right
 labels, from one training each, and is then tested on other seeds, which give the wrong
