@@ -331,14 +331,22 @@ assert {row.make for row in TABLE.values()} == {
     method.make for method in sam_optax.METHODS.values()
 }
 
-# Nothing carried, an argument that chooses code, a carried average, a descent that
-# compares the two gradients, a cadence, random numbers, and an ascent that follows d.
-KINDS = ("sam", "asam_mask", "fsam", "gsam", "look_sam", "esam", "msam")
+# Nothing carried, a carried average, a descent that compares the two gradients, a
+# cadence, and an ascent that follows d.
+KINDS = ("sam", "fsam", "gsam", "look_sam", "msam")
 
 # The rows whose contracts run without -m slow: a part in each of them is in no other.
 FAST = (
     *KINDS,
-    *("sam_p_3", "fisher_sam", "stable_sam", "rst", "ssam_dynamic"),
+    *(
+        "asam_mask",
+        "esam",
+        "sam_p_3",
+        "fisher_sam",
+        "stable_sam",
+        "rst",
+        "ssam_dynamic",
+    ),
     *("sampa_momentum", "multi_step_sam"),
 )
 

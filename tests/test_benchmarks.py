@@ -49,6 +49,7 @@ def directory(speed, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_report_has_every_comparison_and_its_target(directory):
     report = json.loads((directory / "speed.json").read_text(encoding="utf-8"))
     (result,) = report["results"]
@@ -74,6 +75,7 @@ def test_the_report_has_every_comparison_and_its_target(directory):
     assert verdict["met"] == (round(verdict["measured"], 3) <= verdict["target"])
 
 
+@pytest.mark.slow
 def test_a_mean_weighs_its_parts(directory):
     report = json.loads((directory / "speed.json").read_text(encoding="utf-8"))
     steps = report["results"][0]["steps"]
@@ -84,6 +86,7 @@ def test_a_mean_weighs_its_parts(directory):
     assert mean["memory"] == max(ascends["memory"], does_not["memory"])
 
 
+@pytest.mark.slow
 def test_the_plot_is_a_picture(directory):
     assert imread(directory / "speed.png").std() > 0.01
 
@@ -168,6 +171,7 @@ def test_what_moves_is_read_and_written_once_and_not_in_a_branch(speed):
     assert moved[1] < 2 * x.nbytes  # to look at x[0] counts as x
 
 
+@pytest.mark.slow
 def test_all_designs_take_the_same_step(designs):
     model = designs.MODELS["mlp"]
     params = model.init(jax.random.key(0), 4)

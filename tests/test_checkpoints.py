@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,6 +73,7 @@ def bytes_of(states):
     return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(states))
 
 
+@pytest.mark.slow
 def test_orbax_restores_in_a_new_process_bit_by_bit(tmp_path):
     start, step = saved_training()
     middle = run(step, start, 0, HALF)

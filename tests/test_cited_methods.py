@@ -234,3 +234,17 @@ def test_the_compiler_counts_the_gradients_of_the_record(name):
     helper = sam_optax.sam_value_and_grad(loss, sam)
     cost = flops(lambda w, x: helper(w, x, opt_state=sam.init(w))[1].gradients)
     assert cost / flops(jax.grad(loss)) == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 41, 1000])
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.95])
+def test_zsharp_keeps_what_is_above_the_quantile(size, quantile):
+    """As numpy sorts it, with scores that are equal among them."""
+    rng = np.random.default_rng(size)
+    g = rng.normal(size=size).astype(np.float32).round(1)
+    part = sam_optax.ascents.keep_large_z_scores(quantile)
+    kept, _ = part.update(g, part.init(g))
+    scores = np.abs(jnp.asarray(g) - jnp.mean(jnp.asarray(g)))
+    is_above = scores > np.quantile(scores, quantile, method="lower")
+    expected = np.where(is_above, g, 0) if np.any(is_above & (g != 0)) else g
+    np.testing.assert_array_equal(kept, expected)

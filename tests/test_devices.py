@@ -27,7 +27,13 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 
 @kinds_and_slowly_the_rest
 @one_and_per_group
-@pytest.mark.parametrize("setting", table.SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "no vma" in name else ())
+        for name in table.SETTINGS
+    ],
+)
 def test_every_setting_gives_the_numbers_of_one_device(setting, per_group, methods):
     if (setting, methods) == ("shard_map", KINDS):
         methods += ("ssam",)  # whose branches must vary over the same axes

@@ -130,7 +130,13 @@ def test_the_core_imports_jax_and_optax_only():
     [
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["basedpyright", "--pythonpath", sys.executable],
+        pytest.param(
+            ["basedpyright", "--pythonpath", sys.executable],
+            marks=pytest.mark.skipif(
+                tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 8),
+                reason="the types of older versions of Optax say less",
+            ),
+        ),
     ],
     ids=["lint", "format", "types"],
 )

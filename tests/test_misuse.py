@@ -317,7 +317,10 @@ def test_d_scales_with_the_gradients(method, scale):
 @pytest.mark.parametrize(
     "make",
     [
-        *(method.make for method in sam_optax.METHODS.values()),
+        *(
+            pytest.param(method.make, marks=() if name in FAST else pytest.mark.slow)
+            for name, method in sam_optax.METHODS.items()
+        ),
         functools.partial(sam_optax.sam, p=3),
         functools.partial(sam_optax.sam, p=1.5),
         functools.partial(sam_optax.fsam, sigma="cosine"),

@@ -117,7 +117,9 @@ def train(steps, states):
     return {name: params for name, (params, _) in states.items()}
 
 
-@pytest.mark.parametrize("door", [first_door, second_door])
+@pytest.mark.parametrize(
+    "door", [first_door, pytest.param(second_door, marks=pytest.mark.slow)]
+)
 def test_what_follows_sam_sees_d_as_any_gradient(door):
     params, steps, states, plain, plain_states = problem.params(), {}, {}, {}, {}
     for name, make in BASES.items():

@@ -65,7 +65,7 @@ def test_the_oldest_versions_are_those_of_the_metadata():
     run = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, check=True
     )
-    pins = dict(line.split("==") for line in run.stdout.split())
+    pins = dict(line.split("==") for line in run.stdout.split() if "==" in line)
     bounds = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["examples"]]
     for bound in bounds:
         name, version = bound.split(">=")

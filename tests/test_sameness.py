@@ -37,7 +37,7 @@ def test_a_method_that_is_built_twice_is_the_same(kind):
 
 
 def keeps(whether):
-    return lambda params, keep=whether: keep
+    return lambda params, unused=whether: True
 
 
 sam = sam_optax.sam
@@ -63,8 +63,8 @@ DIFFERENT = {
         "b: False and True",
     ),
     "functions of a mask": (
-        sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > 1, p)),
-        sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > 2, p)),
+        sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > -1, p)),
+        sam(mask=lambda p: jax.tree.map(lambda w: w.ndim > -2, p)),
         "mask: <lambda> and <lambda>",
     ),
     "defaults": (
@@ -73,8 +73,8 @@ DIFFERENT = {
         "mask: True and False",
     ),
     "partials": (
-        sam(mask=functools.partial(jax.tree.map, lambda w: True)),
-        sam(mask=functools.partial(jax.tree.map, lambda w: False)),
+        sam(mask=functools.partial(jax.tree.map, lambda w: w.ndim > -1)),
+        sam(mask=functools.partial(jax.tree.map, lambda w: w.ndim > -2)),
         "mask",
     ),
     "guards": (sam(), sam(guard=False), "guard: True and False"),

@@ -19,6 +19,7 @@ from sam_optax._checks import (
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
+from sam_optax.methods._order import greatest, ranks_of
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 
@@ -269,13 +270,8 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
     if not leaves:  # optax.tree.map_params initialises with trees without leaves
         return scores
     dtype = _tree.widest(*[x.dtype for x in leaves])
-    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
-    # Non-negative floats sort like their bit patterns. Rank 0 marks the entries that
-    # are not eligible.
-    ranks = [
-        jax.lax.bitcast_convert_type(x.astype(dtype), unsigned) + 1 for x in leaves
-    ]
-    if among is not None:
+    ranks = [ranks_of(x.astype(dtype)) for x in leaves]
+    if among is not None:  # rank 0 marks the entries that are not eligible
         eligible = jax.tree.leaves(among)
         ranks = [jnp.where(e, r, 0) for e, r in zip(eligible, ranks, strict=True)]
 
@@ -290,7 +286,7 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
 
     # Made from the ranks, this zero varies over the mesh axes that they vary over.
     zero = 0 * number([r > 0 for r in ranks])
-    threshold = _greatest(is_low_enough, zero.astype(unsigned))
+    threshold = greatest(is_low_enough, zero.astype(ranks[0].dtype))
     ties = [r == threshold for r in ranks]
     room = wanted - number([r > threshold for r in ranks])
     positions, start = [], 0
@@ -303,23 +299,11 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
         pairs = zip(ties, positions, strict=True)
         return [t & (p < position) for t, p in pairs]
 
-    end = _greatest(lambda position: number(before(position)) <= room, zero)
+    end = greatest(lambda position: number(before(position)) <= room, zero)
     kept = [
         (r > threshold) | first for r, first in zip(ranks, before(end), strict=True)
     ]
     return jax.tree.unflatten(structure, kept)
-
-
-def _greatest(is_true: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
-    """The greatest unsigned integer up to which a monotone predicate holds."""
-    bits = 8 * zero.dtype.itemsize
-
-    def set_bit(i, found):
-        bit = jnp.ones((), zero.dtype) << (bits - 1 - i).astype(zero.dtype)
-        candidate = found | bit
-        return jnp.where(is_true(candidate), candidate, found)
-
-    return jax.lax.fori_loop(0, bits, set_bit, zero)
 
 
 def mean_squared_gradients(

@@ -11,6 +11,7 @@ from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._parts import Ascent, chain
 from sam_optax._step import Options, sharpness_aware
+from sam_optax.methods._order import above_quantile
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import sam_ascent, scale_by_rho
 
@@ -66,8 +67,8 @@ def _keep_largest_scores(g: jax.Array, quantile: ScalarOrSchedule) -> jax.Array:
     if not g.size:
         return g
     scores = jnp.abs(g - jnp.mean(g))
-    limit = jnp.quantile(scores, jnp.asarray(quantile, scores.dtype))
-    return jnp.where(scores > limit, g, 0 * g)  # not finite where g is not
+    is_kept = above_quantile(scores, jnp.asarray(quantile, scores.dtype))
+    return jnp.where(is_kept, g, 0 * g)  # not finite where g is not
 
 
 def _normalize_as_released(
