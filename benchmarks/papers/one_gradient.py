@@ -40,6 +40,7 @@ from harness import Experiment, Runs, arguments, cases, setting_of, tuned
 from loaders import cut_text, load_cifar10, load_mnist_test, load_text, split
 from training import PLAIN, decayed_sgd, losses_of, make_trainer
 
+ASCENDED = operator.attrgetter("ascended")  # one object, so that programs are shared
 WINDOW, WIDTH, HEADS, BLOCKS = 32, 48, 4, 2  # of the transformer
 PROBED = 256  # training examples
 
@@ -269,7 +270,7 @@ class OneGradient(Experiment):
             about.make_base(steps, weight_decay),
             batch_size,
             data=entry.rule,
-            watch=operator.attrgetter("ascended"),
+            watch=ASCENDED,
             program=about.program,
         )
         ascended, probes, start = [], [], time.perf_counter()
