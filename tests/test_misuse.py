@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import sam_optax
 from lab import with_loss
+from methods import FAST
 
 
 def test_a_negative_numpy_scalar_is_a_negative_number():
