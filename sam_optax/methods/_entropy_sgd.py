@@ -1,6 +1,5 @@
 """Entropy-SGD: the direction to the average of a random walk around w."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +53,7 @@ def _walk(
             require_grad_fn(grad_fn, "entropy_sgd")
             now, later = keys.next(state.noise_key, group)
             # Each step moves by √η' noise ξ; theirs, by √2 of that.
-            spread = noise * math.sqrt((2 if as_released else 1) / walk_rate)
+            spread = noise * ((2 if as_released else 1) / walk_rate) ** 0.5
             zeros = _tree.zeros_like(updates)
             shift, mean, velocity = zeros, zeros, zeros
             for index in range(steps):
