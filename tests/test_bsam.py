@@ -48,7 +48,13 @@ def with_others(noise, count):
 
 @with_doors
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("how", ["unroll", "vmap", "scan"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "unroll",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("vmap", "scan")),
+    ],
+)
 def test_reproduces_the_authors_trajectory(case, how, door, monkeypatch):
     data, values = np.load(GOLDEN / case["file"]), dict(case["hyperparameters"])
     parts = values.pop("msharpness")

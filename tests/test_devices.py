@@ -90,7 +90,13 @@ def test_two_devices_may_share_a_perturbation():
     assert_trees_close(by_axis, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("map_groups", ["vmap", "unroll", "scan"])
+@pytest.mark.parametrize(
+    "map_groups",
+    [
+        "vmap",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("unroll", "scan")),
+    ],
+)
 def test_groups_of_examples_on_each_of_several_devices(map_groups):
     methods = ("fsam", "look_sam")
     options = {"m": 2, "sync_perturbation": False, "map_groups": map_groups}
@@ -123,15 +129,16 @@ RANDOM = {
     "universal_sam": lambda: sam_optax.universal_sam(0.2, 1e-3, kind="frobenius"),
     "entropy_sgd": lambda: sam_optax.entropy_sgd(0.2, 0.1, steps=2, as_released=True),
 }
-SLOW = ("esam", "rsam", "lpf_sgd", "universal_sam", "entropy_sgd")
+SLOW = ("random_sam", "rst", "esam", "rsam", "lpf_sgd", "universal_sam", "entropy_sgd")
 
 
 @pytest.mark.parametrize(
     ("name", "m"),
     [
         *[(name, None) for name in RANDOM if name not in SLOW],
-        *[(name, 2) for name in ("esam", "rsam")],
+        ("rsam", 2),
         *[pytest.param(name, None, marks=pytest.mark.slow) for name in SLOW],
+        pytest.param("esam", 2, marks=pytest.mark.slow),
     ],
 )
 def test_random_methods_agree_between_groups_and_devices(name, m):

@@ -117,7 +117,14 @@ def sgd(sam):
 
 
 @with_doors
-@pytest.mark.parametrize("options", [{}, {"m": 4}, {"m": 4, "map_groups": "scan"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"m": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"m": 4, "map_groups": "scan"}, marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_that_of_the_dense_matrix_of_the_whole_batch(door, options, start):
     w, batch = start
     sam = long()

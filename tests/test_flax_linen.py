@@ -32,7 +32,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.gradients_alone
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_train_state_works_unmodified(sam, frozen):
     """And gives what the second door gives, frozen dict or not."""
     model = Plain()

@@ -126,7 +126,10 @@ def test_two_kinds_of_parts_have_keys_of_their_own():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize(
+    "sparsity",
+    [0.3, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 0.9))],
+)
 def test_ssam_perturbs_its_share_on_every_step(dynamic, sparsity):
     def make():
         return sam_optax.ssam(

@@ -35,7 +35,7 @@ def spread(mesh, params, data):
     return jax.device_put(params, whole), jax.device_put(data, rows)
 
 
-@pytest.mark.parametrize("batch_size", [8, 7])
+@pytest.mark.parametrize("batch_size", [pytest.param(8, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_over_devices_measures_are_those_of_one(axis_type, batch_size):
     params, data = network()
