@@ -28,11 +28,6 @@ KINDS = ("fsam", "gsam", "look_sam")
 REST = tuple(name for name in table.METHODS if name not in KINDS)
 ALL = KINDS + REST
 
-kinds_and_slowly_the_rest = pytest.mark.parametrize(
-    "methods",
-    [KINDS, pytest.param(REST, marks=pytest.mark.slow)],
-    ids=["kinds", "rest"],
-)
 one_and_per_group = pytest.mark.parametrize(
     "per_group", [False, True], ids=["one", "per_group"]
 )

@@ -1,5 +1,7 @@
 """The same numbers on many devices, along mapped axes, and on two processes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,6 @@ from devices import (
     KINDS,
     REST,
     assert_like_one_device,
-    kinds_and_slowly_the_rest,
-    one_and_per_group,
     table,
     trained_with_groups_of,
 )
@@ -25,15 +25,20 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 # --- The table.
 
 
-@kinds_and_slowly_the_rest
-@one_and_per_group
-@pytest.mark.parametrize(
-    "setting",
-    [
-        pytest.param(name, marks=pytest.mark.slow if "no vma" in name else ())
-        for name in table.SETTINGS
-    ],
-)
+def in_settings():
+    """The methods of each kind in every setting, and slowly the rest in four."""
+    names = {False: "one", True: "per_group"}
+    some = [("pmap", False), ("jit, FSDP", False), ("shard_map", True), ("jit", True)]
+    for setting, per_group in itertools.product(table.SETTINGS, names):
+        marks = pytest.mark.slow if "no vma" in setting else ()
+        case = f"{setting}-{names[per_group]}"
+        yield pytest.param(setting, per_group, KINDS, marks=marks, id=f"{case}-kinds")
+        if (setting, per_group) in some:
+            marks = pytest.mark.slow
+            yield pytest.param(setting, per_group, REST, marks=marks, id=f"{case}-rest")
+
+
+@pytest.mark.parametrize(("setting", "per_group", "methods"), in_settings())
 def test_every_setting_gives_the_numbers_of_one_device(setting, per_group, methods):
     if (setting, methods) == ("shard_map", KINDS):
         methods += ("ssam",)  # whose branches must vary over the same axes
