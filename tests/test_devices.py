@@ -38,7 +38,7 @@ def in_settings():
             yield pytest.param(setting, per_group, REST, marks=marks, id=f"{case}-rest")
 
 
-@pytest.mark.parametrize(("setting", "per_group", "methods"), in_settings())
+@pytest.mark.parametrize(("setting", "per_group", "methods"), list(in_settings()))
 def test_every_setting_gives_the_numbers_of_one_device(setting, per_group, methods):
     if (setting, methods) == ("shard_map", KINDS):
         methods += ("ssam",)  # whose branches must vary over the same axes
