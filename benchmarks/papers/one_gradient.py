@@ -162,6 +162,11 @@ ENTRIES = {
 BASELINES = ["base", "sam"]
 
 
+def has_started(hyper: dict, step: int) -> bool:
+    """Whether `late_sam` ascends, as its cadence says; here known to Python."""
+    return step >= hyper["start"]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def probe(model, hyper, state, x, y) -> dict[str, jax.Array]:
     """How momentum-SAM's perturbation and SAM's of the same length raise the loss."""
@@ -264,6 +269,7 @@ class OneGradient(Experiment):
         steps = epochs * (len(examples[0]) // batch_size)
         hyper = setting_of(setting) | dict(entry.options)
         hyper |= {"start": round((1 - entry.late) * steps)} if entry.late < 1 else {}
+        by_step = about.program == "step"
         trainer = make_trainer(
             model,
             entry.method,
@@ -272,6 +278,7 @@ class OneGradient(Experiment):
             data=entry.rule,
             watch=ASCENDED,
             program=about.program,
+            ascends=has_started if entry.late < 1 and by_step else None,
         )
         ascended, probes, start = [], [], time.perf_counter()
         probed = tuple(part[-PROBED:] for part in examples)

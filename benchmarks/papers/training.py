@@ -153,6 +153,7 @@ def make_trainer(
     watch: Callable[[sam_optax.Report], Any] = lambda report: report,
     program: str = "epoch",
     further: Callable[[jax.Array], dict[str, Any]] | None = None,
+    ascends: Callable[[dict, int], bool] | None = None,
 ) -> Trainer:
     """Trains a classifier; `hyper` has learning_rate and what the method takes.
 
@@ -163,7 +164,9 @@ def make_trainer(
     `sam_value_and_grad`, and `watch` says what an epoch returns of each step's report.
     `program` says what is compiled: an epoch, or a step for networks with convolutions,
     which XLA makes slow in a loop on a CPU. `further`, of the learning rate, gives
-    arguments of the method that are not numbers of `hyper`.
+    arguments of the method that are not numbers of `hyper`. `ascends`, of `hyper` and
+    the step's number, says in Python which steps ascend, if a step is what is compiled:
+    two programs without a branch, in which XLA makes convolutions slow as well.
     """
 
     def loss_fn(params, x, y):
@@ -181,13 +184,14 @@ def make_trainer(
         params = model.init(key, x[:1])
         return State(params, build(hyper)[0](params), jnp.zeros((), jnp.int32))
 
-    def one_step(carry, inputs, hyper, x, y):
+    def one_step(carry, inputs, hyper, x, y, **more):
         index, key = inputs
-        more = arguments(loss_fn, carry[0], key, index, x, y) if arguments else {}
+        if arguments:
+            more |= arguments(loss_fn, carry[0], key, index, x, y)
         *carry, _, report = build(hyper)[1](*carry, x[index], y[index], **more)
         return tuple(carry), watch(report)
 
-    compiled_step = jax.jit(one_step)
+    compiled_step = jax.jit(one_step, static_argnames="ascend")
 
     def epoch(state, hyper, key, x, y):
         key = jax.random.fold_in(key, state.epoch)
@@ -197,8 +201,10 @@ def make_trainer(
             carry, seen = jax.lax.scan(body, state[:2], batches)
         else:
             carry, steps = state[:2], []
-            for inputs in zip(*batches, strict=True):
-                carry, watched = compiled_step(carry, inputs, hyper, x, y)
+            first = int(state.epoch) * len(batches[0])
+            for number, inputs in enumerate(zip(*batches, strict=True), first):
+                static = {"ascend": ascends(hyper, number)} if ascends else {}
+                carry, watched = compiled_step(carry, inputs, hyper, x, y, **static)
                 steps.append(watched)
             seen = jax.tree.map(lambda *values: jnp.stack(values), *steps)
         return State(*carry, state.epoch + 1), seen
