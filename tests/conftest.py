@@ -11,6 +11,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     # LLVM's own optimizations take a fifth of the suite's time: XLA's are before it.
     " --xla_backend_optimization_level=0"
+    # On a busy machine, a simulated device may wait long for the others. XLA would end
+    # the process after 40 seconds.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # The workers, which inherit this, and the scripts that tests start compile most
