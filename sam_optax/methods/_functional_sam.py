@@ -34,8 +34,8 @@ def functional(
 
     f is the network with all its outputs, J its Jacobian, and ℓ the loss of the
     outputs. SAM's gᵃ has ∇ℓ(f(w + ε)) in the place of ∇ℓ(f(w)), which also rewards
-    smaller outputs. In language models that part is the larger one, and flattens the
-    loss without improving the network.
+    smaller outputs. Its authors found that in language models this part is the larger
+    one, and flattens the loss without improving the network.
 
     Args:
       outputs_fn: f, the parameters and any further arguments -> the outputs of the
