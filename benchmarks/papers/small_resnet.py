@@ -11,7 +11,7 @@ Every method chooses one number by the accuracy on 2,000 validation images with 
 labels, from one training each, and is then tested on other seeds, which give the wrong
 labels, the first weights and the order. SGD and AdamW choose the learning rate. The
 others have SGD's, and choose the radius; `sgd_decay` chooses the weight decay. They try
-two values, and go on by factors of two until the best one has worse neighbours, or four
+two values, and go on by factors of two until the best one has worse neighbours, or six
 are tried. `sgd_twice` is SGD for twice the epochs, and `late_sam` is SAM in the second
 half of the epochs.
 
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
 ENTRIES = {
     "sgd": Entry(PLAIN, (0.05, 0.1), "learning_rate"),
     "sam": Entry("sam"),
-    "msam": Entry("msam", (0.5, 1.0), passes=4 / 3),
+    "msam": Entry("msam", (2.0, 4.0), passes=4 / 3),
     "fsam": Entry("fsam", options=(("sigma", 1.0), ("decay", 0.6))),
     "late_sam": Entry("late_sam", late=0.5),
     "sgd_decay": Entry(PLAIN, (2e-3, 4e-3), "weight_decay"),
@@ -143,7 +143,7 @@ class SmallResNet(Experiment):
         methods=(list(ENTRIES), ["msam"], "which to train, beside SGD and SAM"),
         noises=([40, 0, 60], [40], "%% of random labels", {"type": percentage}),
         seeds=(5, 1, "tests of each method, with the setting it chose"),
-        settings=(4, 2, "settings to choose from, at most"),
+        settings=(6, 2, "settings to choose from, at most"),
         epochs=(30, 2, "passes over the training images"),
         batch=(64, 16, "images in a step"),
         train=(10000, 64, "training images, a random part of them"),
