@@ -86,3 +86,14 @@ def require_grad_fn(grad_fn: Any, part: str) -> None:
             f"{part} needs grad_fn= (parameters -> gradient), as sharpness_aware "
             "passes it."
         )
+
+
+def require_losses(perturbed_loss: Any, value_and_grad_fn: Any, part: str) -> None:
+    """For a descent that asks for losses; a chain around it hides that it asks."""
+    if value_and_grad_fn is None or isinstance(perturbed_loss, tuple | None):
+        raise ValueError(
+            f"{part} needs perturbed_loss= and value_and_grad_fn=, which "
+            "sharpness_aware passes to a descent that asks for them. optax.chain hides "
+            f"that it asks: pass {part} itself as descent=, and put what shall follow "
+            "it after the whole method, in the chain of the optimizer."
+        )

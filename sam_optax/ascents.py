@@ -13,6 +13,8 @@ Besides g and the parameters, the update of an ascent receives these extra argum
 - grad_fn: parameters -> the gradient of the loss there, for ascents that take further
   gradients.
 - value_and_grad_fn: parameters -> (loss, gradient), for ascents that also need losses.
+- descent_grad_fn: like grad_fn, on the loss and the examples that the step descends on;
+  the same function as grad_fn, if these are no others.
 - perturb: (params, ε) -> w + ε, rounded as the step rounds it. An ascent takes a
   further gradient by `grad_fn(perturb(params, shift))`.
 - group: the index of the group of examples whose perturbation is computed, or None.

@@ -225,3 +225,24 @@ def test_impossible_arguments():
     ):
         with pytest.raises(ValueError, match=words):
             sam_optax.bsam(**{"learning_rate": 0.1, "examples": 10} | arguments)
+
+
+def test_a_negative_traced_radius_shows_as_nan():
+    w = jnp.array([1.0, 2.0])
+
+    @jax.jit
+    def step(rho):
+        _, tx = sam_optax.bsam(0.1, 100, rho=rho)
+        return tx.update(2 * w, tx.init(w), w, grad_fn=lambda q: 2 * q)[0]
+
+    assert np.all(np.isfinite(step(0.5)))
+    assert np.all(np.isnan(step(-0.5)))
+
+
+def test_draws_that_are_impossible():
+    _, tx = sam_optax.bsam(0.1, 100)
+    w = jnp.array([1.0, 2.0])
+    for wrong, message in (({"draws": 0}, "draws"), ({"examples": -1}, "examples")):
+        options: dict = {"examples": 100, "key": 0} | wrong
+        with pytest.raises(ValueError, match=message):
+            sam_optax.methods.draw_from_bsam(tx.init(w), w, **options)

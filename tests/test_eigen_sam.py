@@ -254,3 +254,28 @@ def test_the_record_counts_products_with_the_hessian():
     count = sam_optax.METHODS["eigen_sam"].gradients
     assert count(k=4, steps=6) == 5
     assert count() == pytest.approx(2.1)
+
+
+def test_a_search_that_found_nothing_finite_is_made_again_on_the_next_step():
+    sam, w = sam_optax.eigen_sam(k=100), jnp.array([1.0, 2.0])
+    state = sam.init(w)
+    for scale in (jnp.inf, 1.0):
+
+        def grad_fn(q, scale=scale):
+            return jnp.array([9.0, 1.0]) * q * scale
+
+        _, state = sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    v = state.ascent_state[0].eigenvector
+    np.testing.assert_allclose(np.abs(v), [1, 0], atol=1e-3)
+
+
+def test_it_is_divided_over_devices_as_the_parameters_are():
+    mesh = jax.make_mesh((2,), ("data",))  # with explicit axes
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((4, 2)), jax.P("data"))
+        sam = sam_optax.eigen_sam()
+        step = jax.jit(lambda g, state, w: sam.update(g, state, w, grad_fn=jnp.copy))
+        _, state = step(w, sam.init(w), w)
+    v = state.ascent_state[0].eigenvector
+    assert v.sharding.spec[0] == "data"
+    np.testing.assert_allclose(np.linalg.norm(v), 1, rtol=1e-5)

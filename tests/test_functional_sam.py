@@ -9,7 +9,7 @@ import pytest
 import sam_optax
 from doors import DOORS
 from lab import assert_trees_close
-from sam_optax import ascents, data
+from sam_optax import ascents, data, descents
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -133,3 +133,19 @@ def test_a_second_moment_that_is_missing_or_of_another_shape_is_refused():
         part.update(w, part.init(w), w, nu=jnp.ones(2))
     with pytest.raises(ValueError, match="eps must be >= 0"):
         ascents.divide_by_root_of(eps=-1.0)
+
+
+@pytest.mark.parametrize("m", [None, 3])
+def test_further_points_of_a_descent_come_from_the_ascents_gradient(m):
+    """Away from w, the ascent's gradient is not the descent's, under this rule."""
+    rule = data.functional(network, loss_of)
+
+    def last_of_two(descent=None):
+        two = ascents.ascend_repeatedly(ascents.sam(1.0), 2)
+        sam = sam_optax.sharpness_aware(two, descent=descent and descent([two], tilt=0))
+        grads_fn = sam_optax.sam_value_and_grad(
+            rule.loss_fn, sam, data=rule, m=m, batch_argnums=1
+        )
+        return grads_fn(jnp.array(W), X, opt_state=sam.init(W))[1].gradients
+
+    assert_trees_close(last_of_two(descents.tilt), last_of_two(), rtol=1e-12)

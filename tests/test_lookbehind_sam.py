@@ -172,3 +172,41 @@ def test_impossible_arguments():
     w = problem.params()
     with pytest.raises(ValueError, match="does not go with m="):
         helper(w, problem.batch(), opt_state=tx.init(w))
+    _, tx = sam_optax.lookbehind_sam(optax.sgd(0.1), mask={"a": False, "b": False})
+    with pytest.raises(ValueError, match="mask"):
+        tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
+def test_the_base_steps_descend_on_the_loss_and_not_on_that_of_the_ascent():
+    """With rho=0, both steps are of SGD on the loss, wherever the ascents lead."""
+    w = jnp.array([1.0, -2.0])
+
+    def ascent_loss(w, x):
+        return jnp.sum(jnp.sin(w) * x)
+
+    def loss(w, x):
+        return jnp.sum(w**2 * x)
+
+    sam, tx = sam_optax.lookbehind_sam(optax.sgd(1.0), rho=0.0, k=2, alpha=1.0)
+    state = tx.init(w)
+    loss_and_grads = sam_optax.sam_value_and_grad(loss, sam, ascent_loss_fn=ascent_loss)
+    _, grads = loss_and_grads(w, jnp.ones(2), opt_state=state)
+    updates, _ = tx.update(grads, state, w)
+    np.testing.assert_allclose(updates, -2 * 2 * w, rtol=1e-6)
+
+
+def test_a_bad_point_on_the_way_does_not_bring_back_the_gradients_before():
+    """The second point is infinite, where this loss has a gradient of zero."""
+    _, tx = sam_optax.lookbehind_sam(optax.sgd(0.1), rho=1.0, k=3)
+    w = jnp.array([1.0, 2.0])
+    updates, state = tx.update(w, tx.init(w), w, grad_fn=lambda q: q)
+    assert np.all(np.isfinite(updates))
+
+    def grad_fn(q):
+        far = jnp.max(jnp.abs(q)) > 2.5
+        return jnp.where(jnp.isfinite(q), jnp.where(far, jnp.inf, q), 0.0)
+
+    updates, after = tx.update(w, state, w, grad_fn=grad_fn)
+    assert np.all(np.isnan(updates))
+    kept = after.sharpness_state.ascent_state.path_gradients
+    assert np.all(np.isfinite(kept[0]))

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import sam_optax
 from lab import with_loss
 from methods import FAST
+from sam_optax import ascents, descents
 
 
 def test_a_negative_numpy_scalar_is_a_negative_number():
@@ -344,3 +345,31 @@ def test_a_step_can_be_differentiated_at_a_zero_gradient(make):
         return jnp.sum(d)
 
     assert np.isfinite(jax.grad(size_of_second_d)(0.1))
+
+
+@pytest.mark.parametrize(
+    ("descent", "name"),
+    [
+        (descents.tilt([ascents.sam()]), "tilt"),
+        (descents.add_sharpness(kind="frobenius"), "add_sharpness"),
+    ],
+)
+def test_a_chain_around_a_descent_that_asks_for_losses(descent, name):
+    chained = optax.chain(descent, optax.clip(1.0))
+    sam = sam_optax.sharpness_aware(ascents.sam(), descent=chained)
+    w = jnp.ones(2)
+    loss_and_grads = sam_optax.sam_value_and_grad(lambda w: jnp.sum(w**2), sam)
+    with pytest.raises(ValueError, match=f"{name} needs .*optax.chain hides"):
+        loss_and_grads(w, opt_state=sam.init(w))
+
+
+def test_the_loss_that_is_wrong_is_named():
+    sam, w = sam_optax.sam(), jnp.ones(2)
+    loss_and_grads = sam_optax.sam_value_and_grad(
+        lambda w: (jnp.sum(w**2), 0.0),
+        sam,
+        has_aux=True,
+        ascent_loss_fn=lambda w: jnp.sum(w),
+    )
+    with pytest.raises(TypeError, match="ascent_loss_fn must return a pair"):
+        loss_and_grads(w, opt_state=sam.init(w))

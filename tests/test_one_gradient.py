@@ -498,8 +498,10 @@ def test_an_ascent_that_follows_d_already_does_so_first():
     ("options", "passed"),
     [
         ({"ascent_loss_fn": lambda w, x: jnp.sum(x)}, {}),
+        ({"ascent_loss_fn": lambda w, x: jnp.sum(x), "m": 2}, {}),
         ({}, {"ascent_batch": BATCH[:2]}),
         ({"data": data.sub_batch(0.5)}, {}),
+        ({"data": data.sub_batch(0.5), "m": 2}, {}),
     ],
 )
 def test_options_of_the_ascents_gradient_are_refused_where_there_is_none(
@@ -517,9 +519,11 @@ def test_options_of_the_ascents_gradient_are_refused_where_there_is_none(
 
 @pytest.mark.parametrize("start", [2**31, np.int64(2**31), np.array(2**40)])
 def test_a_start_beyond_all_steps_is_never_reached(start):
-    sam, w = sam_optax.late_sam(0.5, start), split(W)
-    d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
-    assert_trees_equal(d, grad_fn(w))
+    w = split(W)
+    for ramp_steps in (0, 5):
+        sam = sam_optax.late_sam(0.5, start, ramp_steps=ramp_steps)
+        d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+        assert_trees_equal(d, grad_fn(w))
 
 
 def test_a_start_is_an_integer():

@@ -4,6 +4,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import problem
@@ -96,3 +97,36 @@ def test_impossible_dtypes():
     with pytest.raises(ValueError, match="needs the parameters"):
         part = ascents.with_state_dtype(ascents.fsam())
         part.update(jnp.ones(2), part.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+def test_a_number_beyond_the_dtype_is_carried_as_its_largest(dtype):
+    sam = sam_optax.sharpness_aware(ascents.with_state_dtype(ascents.fsam(), dtype))
+    w = jnp.array([1.0, -2.0])
+    state = sam.init(w)
+    for scale in (1e6, 1.0, 1.0):
+
+        def grad_fn(point, scale=scale):
+            return scale * 2 * point
+
+        d, state = sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        assert np.all(np.isfinite(d)), scale
+        if scale > 1:
+            carried = jax.tree.leaves(state.ascent_state.narrow_state)[0]
+            largest = float(jnp.finfo(dtype).max)
+            np.testing.assert_array_equal(np.abs(carried.astype(float)), largest)
+
+
+def test_keys_and_python_numbers_stay_as_they_are():
+    part = optax.GradientTransformation(
+        lambda params: {"key": jax.random.key(7), "count": 3.0, "mean": params * 0},
+        lambda g, state, params=None: (g, state | {"mean": g}),
+    )
+    narrow = ascents.with_state_dtype(part)
+    w = jnp.array([1.0, -2.0])
+    _, state = narrow.update(2 * w, narrow.init(w), w)
+    inner = state.narrow_state
+    assert inner["key"] == jax.random.key(7)
+    assert inner["count"] == 3.0
+    assert inner["mean"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(inner["mean"], [2, -4])

@@ -159,38 +159,43 @@ class with_aux:
 
     loss_fn: Callable[..., Any]
     has_aux: bool
+    name: str = "loss_fn"
 
     def __call__(self, point: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return loss_and_aux(self.loss_fn(point, *args, **kwargs), self.has_aux)
+        result = self.loss_fn(point, *args, **kwargs)
+        return loss_and_aux(result, self.has_aux, self.name)
 
 
 def _mean(loss: Any) -> jax.Array:
     return jnp.mean(loss) if jnp.ndim(loss) else jnp.asarray(loss)
 
 
-def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def loss_and_aux(
+    result: Any, has_aux: bool, name: str = "loss_fn"
+) -> tuple[jax.Array, Any]:
+    """The two parts of what the loss function called `name` returned."""
     if not has_aux:
         loss, aux = result, None
     elif isinstance(result, tuple) and len(result) == 2:
         loss, aux = result
     else:
         raise TypeError(
-            "With has_aux=True, loss_fn must return a pair (loss, aux), got "
+            f"With has_aux=True, {name} must return a pair (loss, aux), got "
             f"{type(result).__name__}."
         )
     if isinstance(loss, tuple):
         raise TypeError(
-            "loss_fn returned a tuple where a loss was expected; if it returns "
+            f"{name} returned a tuple where a loss was expected; if it returns "
             "(loss, aux), pass has_aux=True to sam_value_and_grad."
         )
     if not isinstance(loss, (jax.Array, np.ndarray, np.generic, float)):
         raise TypeError(
-            "loss_fn must return a loss, or an array of losses, got "
+            f"{name} must return a loss, or an array of losses, got "
             f"{type(loss).__name__}."
         )
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise TypeError(
-            "loss_fn must return floating-point numbers, which have a gradient, got "
+            f"{name} must return floating-point numbers, which have a gradient, got "
             f"{jnp.result_type(loss)}."
         )
     return jnp.asarray(loss), aux

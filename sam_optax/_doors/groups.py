@@ -39,7 +39,7 @@ def over_groups(
     def first_gradient(examples):
         own = choose_in(examples)
         g = own.seen.gradient
-        said = _Said(own.recompute)
+        said = _Said(own.recompute, own.only_ascent, own.sees_one_loss)
         return g, (own.seen.loss, own.seen.aux, said, g if groups.keeps_g else None)
 
     gradient, each = groups.run(first_gradient, examples)
@@ -63,11 +63,13 @@ def over_groups(
 
         return groups.run(follow, examples, each, groups.indices(examples))[0]
 
+    descent = mean_of(lambda own: own.descent)
     choice = Choice(
         Pass(jnp.mean(losses), gradient, aux),
-        ascent=mean_of(lambda own: own.ascent),
-        descent=mean_of(lambda own: own.descent),
+        ascent=descent if said.sees_one_loss else mean_of(lambda own: own.ascent),
+        descent=descent,
         recompute=said.recompute,
+        only_ascent=said.only_ascent,
     )
     return choice, per_group
 
@@ -83,9 +85,11 @@ def number_of_groups(batch: Batch, m: int) -> int:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Said:
-    """A rule's `recompute`, as static pytree data that vmap and scan hand on."""
+    """What a rule's choice says, as static pytree data that vmap and scan hand on."""
 
     recompute: bool
+    only_ascent: bool
+    sees_one_loss: bool
 
 
 def default_map(count: int, *, is_mapped: bool = False) -> str:

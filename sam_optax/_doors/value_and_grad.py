@@ -306,7 +306,9 @@ def _make_first_pass(
     grouping = make_grouping(**grouping_options)
     _check_value_at(value_at, grouping)
     has_own_ascent = ascent_loss_fn is not None
-    ascent_loss = with_aux(ascent_loss_fn, has_aux) if has_own_ascent else None
+    ascent_loss = (
+        with_aux(ascent_loss_fn, has_aux, "ascent_loss_fn") if has_own_ascent else None
+    )
     if has_own_ascent and data is not None:
         raise ValueError(
             "data= says how each gradient sees the one loss, and ascent_loss_fn= gives "

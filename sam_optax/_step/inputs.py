@@ -82,9 +82,16 @@ class Choice:
     def __call__(self, point: Any) -> Pass:
         return self.descent(point)
 
+    @property
+    def sees_one_loss(self) -> bool:
+        """Whether both gradients are of one loss of the same examples, at any point."""
+        return self.ascent == self.descent
+
     def map(self, change: Callable[[Callable], Callable]) -> "Choice":
         """The same with both functions changed."""
-        return self.replace(ascent=change(self.ascent), descent=change(self.descent))
+        ascent = change(self.ascent)
+        descent = ascent if self.sees_one_loss else change(self.descent)
+        return self.replace(ascent=ascent, descent=descent)
 
     def replace(self, **fields: Any) -> "Choice":
         """The same with other fields."""
@@ -251,6 +258,7 @@ _OWN_ARGS = (
     "perturbation",
     "perturbed_loss",
     "value_and_grad_fn",
+    "descent_grad_fn",
 )
 
 

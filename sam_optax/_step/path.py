@@ -44,9 +44,11 @@ class Path:
     ) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
         """(ε, the ascent's next state, whether its source is finite or None)."""
         g = _tree.at_least_float32(g)
-        extra_args = self._shared_args(passes, passes.ascent, group) | {
-            "ascent_gradient": g
-        }
+        extra_args = self._shared_args(passes, passes.ascent, group)
+        descent_grad_fn = extra_args["grad_fn"]
+        if not passes.sees_one_loss:
+            descent_grad_fn = _gradient_of(passes.descent, passes.averaged_over)
+        extra_args |= {"ascent_gradient": g, "descent_grad_fn": descent_grad_fn}
         if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
             extra_args |= self.descent.for_ascent(self.state.descent_state)
         return climb_and_check(
@@ -123,8 +125,9 @@ class Path:
             return descent_gradient, self.state.descent_state
         extra_args = self._shared_args(passes, passes.descent, group)
         # The same function shows that both gradients see the same examples.
-        is_another = passes.recompute
-        ascent_grad_fn = _gradient_of(passes.ascent) if is_another else None
+        ascent_grad_fn = None
+        if not passes.sees_one_loss:
+            ascent_grad_fn = _gradient_of(passes.ascent, passes.averaged_over)
         return self.descent.update(
             descent_gradient,
             self.state.descent_state,

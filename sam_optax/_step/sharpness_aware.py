@@ -199,7 +199,9 @@ def sharpness_aware(
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
         must_be_asked = passes.only_ascent and not uses_gradient(ascent)
-        passes, was_asked = noting(passes)
+        was_asked: list[Any] = []
+        if must_be_asked:
+            passes, was_asked = noting(passes)
         rounding.warn_of_lost_digits(params, mask)
         is_measured = report is not None
         path = Path(

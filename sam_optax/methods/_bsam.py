@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number, require_grad_fn, require_params
+from sam_optax._checks import (
+    check_number,
+    check_static_integer,
+    require_grad_fn,
+    require_params,
+)
 from sam_optax._hyperparameters import (
     ScalarOrSchedule,
+    nan_if_negative,
     scheduled,
     unscheduled,
     value_at,
@@ -79,6 +85,8 @@ def _ascend_by_precision(
         return PrecisionState(filled)
 
     def part(rho):
+        rho = nan_if_negative(rho)
+
         def update_fn(
             updates: optax.Updates,
             state: Any,
@@ -264,12 +272,15 @@ def draw_from_bsam(
 
     Raises:
       TypeError: if opt_state is not that of bsam's optimizer.
+      ValueError: if draws is not a positive integer, or examples < 1.
     """
     if not isinstance(opt_state, BayesState):
         raise TypeError(
             "opt_state must be the state of the optimizer that bsam returns, got "
             f"{type(opt_state).__name__}."
         )
+    check_static_integer("draws", draws)
+    check_number("examples", examples, at_least=1)
     part = _draw_from_posterior(examples, key)
     precision = unscheduled(opt_state.sharpness_state.descent_state).precision
     state, drawn = part.init(params), []

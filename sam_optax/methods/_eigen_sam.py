@@ -92,6 +92,8 @@ def lean_to_eigenvector(
                 is_due = step % k == 0
                 if as_released:
                     is_due &= step > 0
+                else:  # a search that found nothing finite is made again
+                    is_due |= _is_missing(v)
                 v = jax.lax.cond(
                     is_due,
                     lambda v: _power_iteration(
@@ -102,7 +104,7 @@ def lean_to_eigenvector(
                 )
             leaning = _lean(updates, v, alpha)
             if as_released:  # without v, theirs does not divide by the norm
-                is_missing = _tree.largest_magnitude(v) == 0
+                is_missing = _is_missing(v)
                 leaning = jax.tree.map(
                     lambda g, u: jnp.where(is_missing, g, u),
                     _tree.at_least_float32(updates),
@@ -124,9 +126,14 @@ def _lean(g: optax.Updates, v: optax.Updates, alpha: Any) -> optax.Updates:
 
 def _or_random(key: jax.Array, v: optax.Updates) -> optax.Updates:
     """v, or a random direction while there is none."""
-    is_missing = _tree.largest_magnitude(v) == 0
+    is_missing = _is_missing(v)
     random = _tree.unit(_tree.normal_like(key, v))
-    return jax.tree.map(lambda r, x: jnp.where(is_missing, r, x), random, v)
+    # As a sum, so that the random numbers are divided over devices as v is.
+    return jax.tree.map(lambda r, x: x + jnp.where(is_missing, r, 0), random, v)
+
+
+def _is_missing(v: optax.Updates) -> jax.Array:
+    return _tree.largest_magnitude(v) == 0
 
 
 def _power_iteration(

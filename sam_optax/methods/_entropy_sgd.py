@@ -10,6 +10,7 @@ from sam_optax import _tree
 from sam_optax._checks import (
     check_number,
     check_static_integer,
+    check_static_number,
     require_grad_fn,
     require_params,
 )
@@ -170,6 +171,9 @@ def entropy_sgd(
          it is that of your base optimizer.
       6. It draws another batch for each step of the walk. Here a step has one batch.
 
+    A step with ascend=False passes the plain gradient on, which is some 1/γ times as
+    long as d here; with the learning rate of this method, such a step is far too long.
+
     Cost: n gradients a step, and a forward pass for the loss; a key is carried.
     """
     check_number("gamma", gamma, at_least=0)
@@ -177,7 +181,7 @@ def entropy_sgd(
     check_static_integer("steps", steps)
     check_number("walk_rate", walk_rate, at_least=1e-30)
     check_number("decay", decay, at_least=0, below=1)
-    check_number("momentum", momentum, at_least=0, below=1)
+    check_static_number("momentum", momentum, at_least=0, below=1)
     descent = _walk(
         gamma,
         noise,

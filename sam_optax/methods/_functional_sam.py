@@ -39,7 +39,7 @@ def functional(
 
     Args:
       outputs_fn: f, the parameters and any further arguments -> the outputs of the
-        network, an array or a tree of arrays.
+        network, a floating-point array or a tree of such arrays.
       outputs_loss: ℓ, these outputs and the same further arguments -> the loss, or
         (loss, aux) with has_aux=True. If the loss has a shape, its mean is taken.
 

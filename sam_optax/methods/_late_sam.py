@@ -59,8 +59,7 @@ def after(start: int | jax.Array) -> Cadence:
       0.54
     """
     _check_start(start)
-    if isinstance(start, (int, np.integer, np.ndarray)):
-        start = min(int(start), np.iinfo(np.int32).max)  # which is never reached
+    start = _at_most_int32(start)
 
     def decide(g, state):
         del g
@@ -71,6 +70,13 @@ def after(start: int | jax.Array) -> Cadence:
     return Cadence(
         init=lambda params: AfterState(jnp.zeros((), jnp.int32)), decide=decide
     )
+
+
+def _at_most_int32(start: int | jax.Array) -> int | jax.Array:
+    """The start, or a step that is never reached in place of one beyond int32."""
+    if isinstance(start, (int, np.integer, np.ndarray)):
+        return min(int(start), np.iinfo(np.int32).max)
+    return start
 
 
 def _check_start(start: int | jax.Array) -> None:
@@ -97,9 +103,10 @@ def ramped(
     check_static_integer("ramp_steps", ramp_steps, at_least=0)
     if ramp_steps == 0:
         return rho
+    first = _at_most_int32(start)
 
     def schedule(step):
-        steps = jnp.asarray(step - start + 1, jnp.result_type(float))
+        steps = jnp.asarray(step - first + 1, jnp.result_type(float))
         share = jnp.clip(steps / ramp_steps, 0, 1)
         return nan_if_negative(value_at(rho, step)) * share
 

@@ -15,7 +15,7 @@ from sam_optax._checks import (
     require_params,
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
-from sam_optax._masks import Mask, restrict
+from sam_optax._masks import Mask, check_selects, restrict
 from sam_optax._parts import follows, uses_gradient
 from sam_optax._random import Key
 from sam_optax._rounding import round_to_nearest
@@ -29,6 +29,7 @@ class PathState(NamedTuple):
 
     path_ascent_state: optax.OptState
     path_gradients: tuple[optax.Updates, ...]  # those on the way, at least float32
+    turn: jax.typing.ArrayLike  # shape=(), dtype=bool: changes unless a step is undone
 
 
 class LookbehindState(NamedTuple):
@@ -51,7 +52,7 @@ def ascend_and_keep_gradients(
 
     def init_fn(params: optax.Params) -> PathState:
         kept = tuple(_tree.zeros_like(params) for _ in range(k - 1))
-        return PathState(ascent.init(params), kept)
+        return PathState(ascent.init(params), kept, jnp.asarray(False))
 
     def update_fn(
         updates: optax.Updates,
@@ -59,6 +60,7 @@ def ascend_and_keep_gradients(
         params: optax.Params | None = None,
         *,
         grad_fn: Any = None,
+        descent_grad_fn: Any = None,
         perturb: Callable[..., optax.Params] = round_to_nearest,
         group: Any = None,
         **extra: Any,
@@ -80,8 +82,10 @@ def ascend_and_keep_gradients(
             extra["ascent_gradient"] = g
             step, _ = ascent.update(g, state.path_ascent_state, point, **extra)
             perturbation = _tree.add_scaled(perturbation, 1, step)
+            if descent_grad_fn not in (None, grad_fn):  # the ascent has its own loss
+                g = _tree.at_least_float32(descent_grad_fn(point))
             kept.append(g)
-        return perturbation, PathState(inner, tuple(kept))
+        return perturbation, PathState(inner, tuple(kept), ~state.turn)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -192,6 +196,8 @@ def lookbehind_sam(
     base = optax.with_extra_args_support(base)
 
     def init_fn(params):
+        if mask is not None:
+            check_selects(mask, params)
         return LookbehindState(
             jnp.zeros((), jnp.int32), sam.init(params), base.init(params)
         )
@@ -202,9 +208,10 @@ def lookbehind_sam(
         step, sam_state, base_state = state
         new_sam_state: Any
         last, new_sam_state = sam.update(updates, sam_state, params, **extra_args)
-        kept = new_sam_state.ascent_state.path_gradients
+        old, new = sam_state.ascent_state, new_sam_state.ascent_state
+        kept = new.path_gradients
         if guard:  # after a bad step, the state still holds the gradients before
-            finite = _tree.all_finite(last)
+            finite = _tree.all_finite(last) & (new.turn != old.turn)
             kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), kept)
         moved = _tree.zeros_like(params)
         path = []

@@ -100,9 +100,8 @@ def lpf_sgd(
         or a schedule. Default 0.045, the root of the γ = 0.002 that the authors' tables
         have for CIFAR. They also let it grow over the training.
       key: an int, a typed key or a legacy one. Default 0.
-      guard: passed on to `sharpness_aware`. Default False: the guard checks the
-        gradient at w, which would then have to be computed, and the method carries
-        nothing that needs a guard.
+      guard: passed on to `sharpness_aware`. Default False: the method carries nothing
+        that needs a guard.
       mask, stochastic_rounding: passed on to `sharpness_aware`. Default None.
 
     Returns:
@@ -128,9 +127,9 @@ def lpf_sgd(
     keeps kernels as (outputs, inputs, ...), and takes the norm for each index of the
     first axis. Here it is the last axis, that of the outputs in Flax.
 
-    Cost: 1 gradient a step, with any M, and a forward pass for the loss; a key is
-    carried. XLA drops the backward pass at w, but not under a traced cadence, inside
-    `apply_if_finite`, or with a report.
+    Cost: 1 gradient a step, with any M; a key is carried. The loss at w takes a forward
+    pass if it is used, which value_at="perturbed" saves, and a report takes the
+    gradient at w.
     """
     ascent = chain(replace_by_filter_noise(key), scale_by_rho(rho))
     return sharpness_aware(

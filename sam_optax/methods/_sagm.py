@@ -116,6 +116,9 @@ def sagm(
       2. No epsilon is added to the norm. Theirs is 1e-12.
       3. Their adaptive form, which weighs g by |w|, is not offered.
 
+    A step with ascend=False passes g on, which is half as long as d without
+    as_released=True.
+
     Cost: 2 gradients a step; no tree is carried.
     """
     descent = sagm_descent(as_released=as_released)

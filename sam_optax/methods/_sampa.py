@@ -257,7 +257,8 @@ def sampa(
     Cost: 2 gradients a step, side by side with halves=, where a sum over the two halves
     exchanges two trees; a forward pass more if the loss or the auxiliary output at w is
     used. A step that does not ascend takes y all the same, and its m follows the
-    mixture, not d. One tree is carried, and another with momentum, in at least float32.
+    mixture, not d. With ascent_loss_fn=, y is the gradient of that loss, and so is a
+    share λ of d. One tree is carried, and another with momentum, in at least float32.
     """
     descent = mix_with_lookahead(
         learning_rate,

@@ -62,21 +62,32 @@ def with_state_dtype(
     narrow_dtype = jnp.dtype(dtype)
     keys = key_stream(key, "with_state_dtype")
 
+    largest = jnp.finfo(narrow_dtype).max
+
     def is_narrowed(leaf: Any) -> bool:
         return (
-            jnp.issubdtype(leaf.dtype, jnp.floating)
-            and len(leaf.shape) > 0
+            jnp.ndim(leaf) > 0
+            and jnp.issubdtype(leaf.dtype, jnp.floating)
             and leaf.dtype.itemsize > narrow_dtype.itemsize
         )
 
     def widen(state: Any, params: Any) -> Any:
         own = jax.eval_shape(ascent.init, params)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), state, own)
+        return jax.tree.map(
+            lambda x, like: x.astype(like.dtype) if is_narrowed(like) else x, state, own
+        )
+
+    def round_leaf(leaf: jax.Array, key: jax.Array) -> jax.Array:
+        # A number beyond the narrow dtype must not become infinite: that would stay.
+        bound = largest.astype(leaf.dtype)
+        bounded = jnp.clip(leaf, -bound, bound)
+        bounded = jnp.where(jnp.isfinite(leaf), bounded, leaf)
+        return round_at_random(bounded, narrow_dtype, key)
 
     def narrow(state: Any, key: jax.Array) -> Any:
         leaves, structure = jax.tree.flatten(state)
         return structure.unflatten(
-            round_at_random(leaf, narrow_dtype, jax.random.fold_in(key, index))
+            round_leaf(leaf, jax.random.fold_in(key, index))
             if is_narrowed(leaf)
             else leaf
             for index, leaf in enumerate(leaves)

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number, check_static_integer, require_params
+from sam_optax._checks import (
+    check_number,
+    check_static_integer,
+    require_losses,
+    require_params,
+)
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask, restrict
 from sam_optax._parts import Descent, follows
@@ -72,7 +77,7 @@ def tilt(
             **extra_args: Any,
         ) -> tuple[optax.Updates, tuple[Any, ...]]:
             require_params(params, "tilt")
-            _require_losses(perturbed_loss, value_and_grad_fn)
+            require_losses(perturbed_loss, value_and_grad_fn, "tilt")
             extra_args |= {"perturb": perturb, "value_and_grad_fn": value_and_grad_fn}
             extra_args["grad_fn"] = (
                 grad_fn if ascent_grad_fn is None else ascent_grad_fn
@@ -97,14 +102,6 @@ def tilt(
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return Descent.of(scheduled(part, tilt=tilt), uses_loss=True)
-
-
-def _require_losses(perturbed_loss: Any, value_and_grad_fn: Any) -> None:
-    if perturbed_loss is None or value_and_grad_fn is None:
-        raise ValueError(
-            "tilt needs perturbed_loss= and value_and_grad_fn=, as sharpness_aware "
-            "passes them."
-        )
 
 
 @record(

@@ -13,6 +13,7 @@ from sam_optax._checks import (
     check_number,
     check_static_integer,
     check_static_number,
+    require_losses,
     require_params,
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, nan_if_negative, scheduled
@@ -88,6 +89,8 @@ def add_sharpness(
         ) -> tuple[optax.Updates, NoiseState]:
             del extra_args
             require_params(params, "add_sharpness")
+            if kind != "trace":
+                require_losses(perturbed_loss, value_and_grad_fn, "add_sharpness")
             now, later = keys.next(state.noise_key, group)
             rises, gaps = [], []
             for index in range(samples):
