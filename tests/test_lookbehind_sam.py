@@ -110,6 +110,29 @@ def test_a_step_takes_one_gradient_more_than_it_ascends():
     assert len(state.sharpness_state.ascent_state.path_gradients) == 3
 
 
+@pytest.mark.parametrize("axis_name", [None, "devices"])
+def test_the_helper_takes_no_gradient_twice(axis_name):
+    """The ascents and the base steps use the same one at each point on the way."""
+    points, w = [], jnp.array([1.0, 2.0])
+
+    def loss(w):
+        points.append(w)
+        return jnp.sum(w**2)
+
+    sam, tx = sam_optax.lookbehind_sam(optax.sgd(0.1), k=3)
+    helper = sam_optax.sam_value_and_grad(loss, sam, axis_name=axis_name)
+
+    def step(w):
+        points.clear()
+        return helper(w, opt_state=tx.init(w))[1].gradients
+
+    mesh = jax.make_mesh((2,), ("devices",))
+    here = jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=here, out_specs=here)
+    jax.make_jaxpr(mapped if axis_name else step)(w)
+    assert len(points) == 4
+
+
 @with_doors
 def test_a_resumed_run_goes_on_as_it_was(door):
     sam, tx = sam_optax.lookbehind_sam(

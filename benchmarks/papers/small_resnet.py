@@ -199,7 +199,10 @@ class SmallResNet(Experiment):
         tried = list(entry.first[: self.args.settings])
         yield from (case | {entry.chooses: value} for value in tried)
         while len(tried) < self.args.settings:
-            best = self.choice(name, noise)[entry.chooses]
+            # Of these alone, so that a resumed run goes the same way.
+            seen = self.runs.of(on="validation", method=name, noise=noise)
+            seen = [run for run in seen if run[entry.chooses] in tried]
+            best = max(seen, key=lambda run: run["validation"])[entry.chooses]
             if min(tried) < best < max(tried):
                 return
             tried.append(best * 2 if best == max(tried) else best / 2)

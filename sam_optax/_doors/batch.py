@@ -347,11 +347,10 @@ def choose(rule: DataRule, batch: Batch, params: Any) -> Choice:
 
         return pass_at
 
-    return choice.replace(
-        seen=seen,
-        ascent=pass_for_step(_checked(choice.ascent, "ascent")),
-        descent=pass_for_step(_checked(choice.descent, "descent")),
-    )
+    ascent = descent = pass_for_step(_checked(choice.ascent, "ascent"))
+    if not choice.sees_one_loss:
+        descent = pass_for_step(_checked(choice.descent, "descent"))
+    return choice.replace(seen=seen, ascent=ascent, descent=descent)
 
 
 def _check_choice(choice: Any) -> None:
