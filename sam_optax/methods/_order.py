@@ -36,7 +36,8 @@ def above_quantile(scores: jax.Array, quantile: jax.Array) -> jax.Array:
     the lower one, so the scores above it are those above the lower one.
     """
     ranks = ranks_of(scores)
-    below = jnp.floor(quantile * (scores.size - 1)).astype(jnp.uint32)
+    # As a float, because the size of a large leaf is no int32.
+    below = jnp.floor(quantile * float(scores.size - 1)).astype(jnp.uint32)
     wanted = jnp.uint32(scores.size) - below
 
     def is_low_enough(threshold):

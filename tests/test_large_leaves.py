@@ -1,0 +1,24 @@
+"""Leaves with more entries than an int32 can count, as stacked layers have."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sam_optax
+
+
+@pytest.mark.parametrize("name", sam_optax.METHODS)
+def test_a_step_can_be_traced_on_a_leaf_of_more_than_two_billion_entries(name):
+    sam = sam_optax.METHODS[name].make()
+    loss_and_grads = sam_optax.sam_value_and_grad(
+        lambda w, x: jnp.sum(w["norm"] ** 2) * x, sam
+    )
+
+    def step(w, x):
+        state = sam.init(w)
+        extra = {"full_gradient": w}  # for those that take one
+        return loss_and_grads(w, x, opt_state=state, extra_args=extra)[1].gradients
+
+    w = {"norm": jax.ShapeDtypeStruct((2**19, 2**12 + 1), jnp.float32)}
+    d = jax.eval_shape(step, w, jnp.ones(()))
+    assert d["norm"].shape == w["norm"].shape
