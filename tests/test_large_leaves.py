@@ -22,3 +22,9 @@ def test_a_step_can_be_traced_on_a_leaf_of_more_than_two_billion_entries(name):
     w = {"norm": jax.ShapeDtypeStruct((2**19, 2**12 + 1), jnp.float32)}
     d = jax.eval_shape(step, w, jnp.ones(()))
     assert d["norm"].shape == w["norm"].shape
+
+
+def test_a_sparse_perturbation_of_more_than_it_can_count_is_refused():
+    w = jax.ShapeDtypeStruct((2**20, 2**12 + 1), jnp.float32)
+    with pytest.raises(ValueError, match="4,294,967,295 of them, and these are 4,296"):
+        jax.eval_shape(sam_optax.ssam().init, w)

@@ -269,6 +269,13 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(scores)
     if not leaves:  # optax.tree.map_params initialises with trees without leaves
         return scores
+    total = sum(x.size for x in leaves)
+    if total > 2**32 - 1:
+        raise ValueError(
+            "A sparse perturbation counts parameters with 32 bits, so it can choose "
+            f"among 4,294,967,295 of them, and these are {total:,}. Leave some out by "
+            "mask=."
+        )
     dtype = _tree.widest(*[x.dtype for x in leaves])
     ranks = [ranks_of(x.astype(dtype)) for x in leaves]
     if among is not None:  # rank 0 marks the entries that are not eligible
