@@ -126,15 +126,32 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
         return state.inner_state
 
     def update_fn(
-        updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra
+        updates,
+        state,
+        params=None,
+        *,
+        grad_fn=None,
+        descent_grad_fn=None,
+        value_and_grad_fn=None,
+        **extra,
     ):
         require_params(params, "An ascent with a mask")
         tree = resolve_mask(mask, params)
         extra_args = dict(extra)
-        if grad_fn is not None:
-            extra_args["grad_fn"] = _on_masked_params(
-                grad_fn, tree, params, lambda g: masked(tree, g)
+        gradients = {"grad_fn": grad_fn, "descent_grad_fn": descent_grad_fn}
+        # Each function once: an ascent may ask whether both are the same.
+        restricted = {
+            function: _on_masked_params(
+                function, tree, params, lambda g: masked(tree, g)
             )
+            for function in gradients.values()
+            if function is not None
+        }
+        extra_args |= {
+            name: restricted[function]
+            for name, function in gradients.items()
+            if function is not None
+        }
         if value_and_grad_fn is not None:
             extra_args["value_and_grad_fn"] = _on_masked_params(
                 value_and_grad_fn,

@@ -153,3 +153,24 @@ def test_a_mask_that_leaves_nothing_to_perturb_raises(mask):
     with pytest.raises(ValueError, match="leaves no parameter to perturb"):
         sam_optax.sam(mask=mask).init(problem.params())
     sam_optax.sam(mask=lambda w: False).init({})
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_an_ascent_under_a_mask_gets_the_descents_gradient_of_its_leaves(own_loss):
+    seen = []
+
+    def update(g, state, params=None, *, grad_fn, descent_grad_fn, **extra):
+        seen.append((grad_fn is descent_grad_fn, descent_grad_fn(params)))
+        return g, state
+
+    ascent = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    sam = sam_optax.sharpness_aware(ascent, mask={"a": True, "b": False})
+    w = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
+    options = {"ascent_loss_fn": lambda w: w["a"] * w["b"]} if own_loss else {}
+    loss_and_grads = sam_optax.sam_value_and_grad(
+        lambda w: w["a"] ** 2 + w["b"] ** 2, sam, **options
+    )
+    loss_and_grads(w, opt_state=sam.init(w))
+    is_same, gradient = seen[-1]
+    assert is_same is not own_loss
+    assert jax.tree.leaves(gradient) == [4.0]

@@ -479,7 +479,8 @@ def ssam(
     Raises:
       ValueError: if rho < 0, sparsity is outside [0, 1), score is not one of the two,
         or is "fisher" for SSAM-D, drop is outside [0, 1], or refresh_every is not a
-        positive integer; from the update, if `fisher=` is missing or not wanted.
+        positive integer; from the update, if `fisher=` is missing or not wanted; from
+        init, if there are more than 4,294,967,295 parameters to choose from.
 
     Examples:
       On f(w) = |w|²/2 from w = (3, 4), SAM's ε for ρ = 5 is (3, 4). SSAM-F keeps the
