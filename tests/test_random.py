@@ -10,6 +10,7 @@ import pytest
 
 import sam_optax
 from sam_optax import _random
+from sam_optax.methods._order import Count
 from sam_optax.methods._ssam import _keep_largest
 
 DRAWS = 400
@@ -288,7 +289,7 @@ def test_the_largest_entries_are_found_by_counting(dtype):
         )
         eligible = int(np.sum(flat >= 0))
         for count in (0, 1, eligible // 2, eligible):
-            kept = keep(scores, count, jax.tree.map(jnp.asarray, among))
+            kept = keep(scores, Count.of(count), jax.tree.map(jnp.asarray, among))
             expected = np.zeros(flat.size, bool)
             expected[np.argsort(-flat, kind="stable")[:count]] = True
             actual = np.concatenate([np.ravel(kept[k]) for k in "ab"])

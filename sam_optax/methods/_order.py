@@ -1,9 +1,61 @@
 """Which entries are large, by counting: nothing is sorted, and no entry moves."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Count(NamedTuple):
+    """A number of entries, high · 2³² + low.
+
+    A large model has more entries than fit in 32 bits, and JAX has no 64 by default.
+    """
+
+    high: jax.Array  # shape=(), dtype=jnp.uint32
+    low: jax.Array  # shape=(), dtype=jnp.uint32
+
+    @classmethod
+    def of(cls, number: int | jax.Array) -> "Count":
+        """The count of an int, of a uint32, or of a float that is a whole number."""
+        if isinstance(number, int):
+            high, low = divmod(number, 2**32)
+            return cls(jnp.uint32(high), jnp.uint32(low))
+        if jnp.issubdtype(number.dtype, jnp.floating):
+            high = jnp.floor(number / 2.0**32)
+            low = number - high * 2.0**32  # exact: the factor is a power of two
+            return cls(high.astype(jnp.uint32), low.astype(jnp.uint32))
+        return cls(jnp.zeros_like(number), number)
+
+    def plus(self, other: "Count") -> "Count":
+        low = self.low + other.low
+        carry = (low < other.low).astype(jnp.uint32)
+        return Count(self.high + other.high + carry, low)
+
+    def minus(self, other: "Count") -> "Count":
+        """The difference; `other` must not be larger."""
+        borrow = (self.low < other.low).astype(jnp.uint32)
+        return Count(self.high - other.high - borrow, self.low - other.low)
+
+    def at_least(self, other: "Count") -> jax.Array:
+        same_high = self.high == other.high
+        return (self.high > other.high) | (same_high & (self.low >= other.low))
+
+    def smaller(self, other: "Count") -> "Count":
+        is_larger = self.at_least(other)
+        pairs = zip(other, self, strict=True)
+        return Count(*(jnp.where(is_larger, theirs, own) for theirs, own in pairs))
+
+
+def count_true(conditions: Sequence[jax.Array]) -> Count:
+    """How many entries of these arrays are True."""
+    return functools.reduce(Count.plus, [Count.of(sum_true(c)) for c in conditions])
+
+
+def sum_true(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition, dtype=jnp.uint32)
 
 
 def ranks_of(scores: jax.Array) -> jax.Array:
@@ -14,10 +66,11 @@ def ranks_of(scores: jax.Array) -> jax.Array:
 
 
 def greatest(is_true: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
-    """The greatest unsigned integer up to which a monotone predicate holds.
+    """The greatest unsigned integers up to which a monotone predicate holds.
 
-    The predicate is called once per bit. `zero` says which integer type is meant, and
-    must vary over the mesh axes over which the result does.
+    The predicate is called once per bit. `zero` says which integer type is meant and
+    how many integers are found side by side, and must vary over the mesh axes over
+    which the result does.
     """
     bits = 8 * zero.dtype.itemsize
 
@@ -41,7 +94,7 @@ def above_quantile(scores: jax.Array, quantile: jax.Array) -> jax.Array:
     wanted = jnp.uint32(scores.size) - below
 
     def is_low_enough(threshold):
-        return jnp.sum(ranks >= threshold, dtype=jnp.uint32) >= wanted
+        return sum_true(ranks >= threshold) >= wanted
 
-    zero = (0 * jnp.sum(ranks > 0, dtype=jnp.uint32)).astype(ranks.dtype)
+    zero = (0 * sum_true(ranks > 0)).astype(ranks.dtype)
     return ranks > greatest(is_low_enough, zero)

@@ -1,6 +1,5 @@
 """SSAM: the perturbation is masked, and the mask is carried."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Unpack
 
@@ -19,7 +18,7 @@ from sam_optax._checks import (
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
-from sam_optax.methods._order import greatest, ranks_of
+from sam_optax.methods._order import Count, count_true, greatest, ranks_of, sum_true
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 
@@ -63,7 +62,8 @@ def keep_largest_fisher(
 
     def renew(key, step, mask, scores, count):
         del key, step
-        new, is_usable = _keep_largest(scores, count), _tree.all_finite(scores)
+        new = _keep_largest(scores, Count.of(count))
+        is_usable = _tree.all_finite(scores)
         return jax.tree.map(lambda n, o: jnp.where(is_usable, n, o), new, mask)
 
     return _masked_by(renew, sparsity, refresh_every, scores_of=_given_fisher)
@@ -93,7 +93,7 @@ def keep_largest_gradient(
 
     def renew(key, step, mask, scores, count):
         del key, step, mask
-        return _keep_largest(scores, count)
+        return _keep_largest(scores, Count.of(count))
 
     return _masked_by(renew, sparsity, refresh_every, scores_of=_batch_gradient)
 
@@ -132,9 +132,10 @@ def drop_and_grow(
     check_number("drop", drop, at_least=0, at_most=1)
 
     def renew(key, step, mask, scores, count):
-        exchanged = jnp.round(jnp.asarray(value_at(drop, step)) * count)
-        exchanged = jnp.minimum(exchanged, _tree.size(mask) - count).astype(jnp.int32)
-        stays = _keep_largest(scores, count - exchanged, among=mask)
+        share = _tree.at_least_float32(jnp.asarray(value_at(drop, step)))
+        others = Count.of(_tree.size(mask) - count)
+        exchanged = Count.of(jnp.round(share * float(count))).smaller(others)
+        stays = _keep_largest(scores, Count.of(count).minus(exchanged), among=mask)
         outside = jax.tree.map(jnp.logical_not, mask)
         chance = _tree.uniform_like(key, scores)
         enters = _keep_largest(chance, exchanged, among=outside)
@@ -225,7 +226,7 @@ def _masked_by(
 
     def init_fn(params):
         scores = _tree.uniform_like(keys.next(keys.start())[0], params)
-        mask = _keep_largest(scores, kept(_tree.size(params)))
+        mask = _keep_largest(scores, Count.of(kept(_tree.size(params))))
         # An array's layout on a mesh can be part of its type. This operation changes
         # no entry, but gives the mask the layout of the parameters.
         mask = jax.tree.map(lambda keep, w: keep & ~(abs(w) < 0), mask, params)
@@ -259,8 +260,8 @@ def _masked_by(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
-    """A mask that is True for exactly `count` entries, those of the largest scores.
+def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
+    """A mask that is True for as many entries as wanted, those of the largest scores.
 
     Of equal scores, the earlier ones are kept. No entry leaves its device and nothing
     is sorted: the threshold is found by counting, once per bit. Scores must not be
@@ -269,12 +270,12 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(scores)
     if not leaves:  # optax.tree.map_params initialises with trees without leaves
         return scores
-    total = sum(x.size for x in leaves)
-    if total > 2**32 - 1:
+    largest = max(leaf.size for leaf in leaves)
+    if largest > 2**32 - 1:
         raise ValueError(
-            "A sparse perturbation counts parameters with 32 bits, so it can choose "
-            f"among 4,294,967,295 of them, and these are {total:,}. Leave some out by "
-            "mask=."
+            "A sparse perturbation counts the entries of an array with 32 bits, so it "
+            "can choose among 4,294,967,295 of them, and there is an array of "
+            f"{largest:,}. Split it, or leave it out by mask=."
         )
     dtype = _tree.widest(*[x.dtype for x in leaves])
     ranks = [ranks_of(x.astype(dtype)) for x in leaves]
@@ -282,34 +283,31 @@ def _keep_largest(scores: Any, count: Any, among: Any = None) -> Any:
         eligible = jax.tree.leaves(among)
         ranks = [jnp.where(e, r, 0) for e, r in zip(eligible, ranks, strict=True)]
 
-    def number(conditions):
-        counts = [jnp.sum(c, dtype=jnp.uint32) for c in conditions]
-        return functools.reduce(jnp.add, counts)
-
-    wanted = jnp.asarray(count, jnp.uint32)
-
     def is_low_enough(threshold):
-        return number([r >= threshold for r in ranks]) >= wanted
+        return count_true([r >= threshold for r in ranks]).at_least(wanted)
 
     # Made from the ranks, this zero varies over the mesh axes that they vary over.
-    zero = 0 * number([r > 0 for r in ranks])
+    zero = 0 * count_true([r > 0 for r in ranks]).low
     threshold = greatest(is_low_enough, zero.astype(ranks[0].dtype))
-    ties = [r == threshold for r in ranks]
-    room = wanted - number([r > threshold for r in ranks])
-    positions, start = [], 0
-    for leaf in leaves:
-        own = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
-        positions.append(own + jnp.uint32(start))
-        start += leaf.size
+    above, ties = ([f(r, threshold) for r in ranks] for f in (jnp.greater, jnp.equal))
+    room, shares = wanted.minus(count_true(above)), []
+    for tie in ties:  # each leaf fills as much of the room as it can
+        share = room.smaller(Count.of(sum_true(tie)))
+        room = room.minus(share)
+        shares.append(share.low)
 
-    def before(position):
-        pairs = zip(ties, positions, strict=True)
-        return [t & (p < position) for t, p in pairs]
+    def first(ends):
+        found = []
+        for tie, end in zip(ties, ends, strict=True):
+            position = jax.lax.iota(jnp.uint32, tie.size).reshape(tie.shape)
+            found.append(tie & (position < end))
+        return found
 
-    end = greatest(lambda position: number(before(position)) <= room, zero)
-    kept = [
-        (r > threshold) | first for r, first in zip(ranks, before(end), strict=True)
-    ]
+    def fit(ends):
+        return jnp.stack([sum_true(x) for x in first(ends)]) <= jnp.stack(shares)
+
+    ends = greatest(fit, jnp.stack([zero] * len(ties)))
+    kept = [jnp.logical_or(*pair) for pair in zip(above, first(ends), strict=True)]
     return jax.tree.unflatten(structure, kept)
 
 
@@ -480,7 +478,7 @@ def ssam(
       ValueError: if rho < 0, sparsity is outside [0, 1), score is not one of the two,
         or is "fisher" for SSAM-D, drop is outside [0, 1], or refresh_every is not a
         positive integer; from the update, if `fisher=` is missing or not wanted; from
-        init, if there are more than 4,294,967,295 parameters to choose from.
+        init, if one array has more than 4,294,967,295 entries.
 
     Examples:
       On f(w) = |w|²/2 from w = (3, 4), SAM's ε for ρ = 5 is (3, 4). SSAM-F keeps the
