@@ -44,6 +44,16 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
 
 
+def check_constant(name: str, value: Any, **bounds: float) -> None:
+    """`check_number` for an argument that cannot follow a schedule."""
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, and cannot be a schedule; got "
+            f"{value!r}."
+        )
+    check_number(name, value, **bounds)
+
+
 def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 

@@ -1,6 +1,7 @@
 """What is wrong raises, and the message says what to do instead."""
 
 import functools
+import inspect
 import math
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_orders_of_the_norm_of_the_wrong_kind(p):
         (lambda: sam_optax.look_sam(k=0), "k must be an integer >= 1"),
         (lambda: sam_optax.multi_step_sam(steps=0), "steps must be an integer >= 1"),
         (lambda: sam_optax.rst(probability=1.5), "probability must be >= 0 and <= 1"),
-        (lambda: sam_optax.esam(beta=0.0), "keep must be > 0"),
+        (lambda: sam_optax.esam(beta=0.0), "beta must be > 0"),
     ],
 )
 def test_impossible_arguments_of_methods(make, message):
@@ -214,10 +215,51 @@ def test_impossible_arguments_of_methods(make, message):
         make()
 
 
+@pytest.mark.parametrize("name", sam_optax.METHODS)
+def test_a_number_of_the_wrong_kind_is_called_by_its_name(name):
+    make = getattr(sam_optax, name)
+    numbers = [
+        argument.name
+        for argument in inspect.signature(make).parameters.values()
+        if any(kind in str(argument.annotation) for kind in ("float", "'int'"))
+    ]
+    assert "rho" in numbers
+    for argument in numbers:
+        with pytest.raises((TypeError, ValueError), match=f"^{argument} must be"):
+            make(**{argument: "text"})
+
+
 @pytest.mark.parametrize("sparsity", [jnp.float32(0.5), lambda step: 0.5])
 def test_what_decides_counts_is_neither_traced_nor_scheduled(sparsity):
     with pytest.raises(TypeError, match=r"static_args=\('sparsity',\)"):
         sam_optax.ssam(sparsity=sparsity)
+
+
+BSAM = {"learning_rate": 0.1, "examples": 100.0}
+COUNTS = {"class_counts": [2, 3]}
+LOGITS = {"logits": jnp.zeros((1, 2)), "labels": jnp.zeros(1, int)}
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "others"),
+    [
+        *((sam_optax.bsam, name, BSAM) for name in ("examples", "beta1", "beta2")),
+        *((sam_optax.bsam, name, BSAM) for name in ("weight_decay", "damping")),
+        (sam_optax.bsam, "initial_precision", BSAM),
+        *((sam_optax.entropy_sgd, name, {}) for name in ("walk_rate", "decay")),
+        *((sam_optax.polyak_sam, name, {}) for name in ("lower_bound", "max_step")),
+        (sam_optax.polyak_sam, "weight_decay", {}),
+        (sam_optax.tsam, "radius", {}),
+        (sam_optax.ascents.given_direction, "sign", {}),
+        *((sam_optax.mesa, name, {}) for name in ("start", "stop")),
+        *((sam_optax.data.focal_weights, name, COUNTS) for name in ("gamma",)),
+        (sam_optax.data.focal_weights, "sharpness", COUNTS),
+        *((sam_optax.bisam_loss, name, LOGITS) for name in ("mu", "alpha")),
+    ],
+)
+def test_what_cannot_follow_a_schedule_says_so_at_once(make, name, others):
+    with pytest.raises(TypeError, match=f"{name} must be .* and cannot be a schedule"):
+        make(**(others | {name: lambda step: 0.5}))
 
 
 @pytest.mark.parametrize("none", [math.inf, float("inf"), np.inf, np.float64("inf")])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_constant
 from sam_optax.methods._record import record_further
 
 
@@ -89,7 +89,7 @@ def bisam_loss(
         raise ValueError(f"bound must be 'log' or 'tanh', got {bound!r}.")
     mu = {"log": 1.0, "tanh": 10.0}[bound] if mu is None else mu
     for name, number in (("mu", mu), ("alpha", alpha)):
-        check_number(name, number)
+        check_constant(name, number)
         if isinstance(number, (int, float)) and not number > 0:
             raise ValueError(f"{name} must be > 0, got {number}.")
     logits, labels = _tree.at_least_float32(jnp.asarray(logits)), jnp.asarray(labels)

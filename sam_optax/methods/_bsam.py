@@ -10,6 +10,7 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._checks import (
+    check_constant,
     check_number,
     check_static_integer,
     require_grad_fn,
@@ -210,12 +211,13 @@ def bsam(
     at least float32.
     """
     check_number("learning_rate", learning_rate, at_least=0)
-    check_number("examples", examples, at_least=1)
+    check_constant("examples", examples, at_least=1)
     check_number("rho", rho, at_least=0)
-    check_number("beta1", beta1, at_least=0, below=1)
-    check_number("beta2", beta2, at_least=0, below=1)
-    check_number("weight_decay", weight_decay, at_least=0)
-    check_number("damping", damping, at_least=0)
+    check_constant("beta1", beta1, at_least=0, below=1)
+    check_constant("beta2", beta2, at_least=0, below=1)
+    check_constant("weight_decay", weight_decay, at_least=0)
+    check_constant("damping", damping, at_least=0)
+    check_constant("initial_precision", initial_precision)
     if not initial_precision > 0 or math.isinf(initial_precision):
         raise ValueError(
             f"initial_precision must be > 0 and finite, got {initial_precision}."
@@ -280,7 +282,7 @@ def draw_from_bsam(
             f"{type(opt_state).__name__}."
         )
     check_static_integer("draws", draws)
-    check_number("examples", examples, at_least=1)
+    check_constant("examples", examples, at_least=1)
     part = _draw_from_posterior(examples, key)
     precision = unscheduled(opt_state.sharpness_state.descent_state).precision
     state, drawn = part.init(params), []

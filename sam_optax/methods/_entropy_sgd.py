@@ -8,6 +8,7 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._checks import (
+    check_constant,
     check_number,
     check_static_integer,
     check_static_number,
@@ -179,8 +180,8 @@ def entropy_sgd(
     check_number("gamma", gamma, at_least=0)
     check_number("noise", noise, at_least=0)
     check_static_integer("steps", steps)
-    check_number("walk_rate", walk_rate, at_least=1e-30)
-    check_number("decay", decay, at_least=0, below=1)
+    check_constant("walk_rate", walk_rate, at_least=1e-30)
+    check_constant("decay", decay, at_least=0, below=1)
     check_static_number("momentum", momentum, at_least=0, below=1)
     descent = _walk(
         gamma,

@@ -41,7 +41,7 @@ def mask_at_random(
     Raises:
       ValueError: if keep is a Python number outside (0, 1].
     """
-    _check_keep(keep)
+    _check_share("keep", keep)
 
     def part(keep):
         def mask(key, updates):
@@ -82,7 +82,7 @@ def mask_leaves_at_random(
     Raises:
       ValueError: if keep is a Python number outside (0, 1].
     """
-    _check_keep(keep)
+    _check_share("keep", keep)
     keys = key_stream(key, "mask_leaves_at_random")
 
     def init_fn(params):
@@ -110,10 +110,10 @@ def mask_leaves_at_random(
     return scheduled(part, keep=keep)
 
 
-def _check_keep(keep: ScalarOrSchedule) -> None:
-    check_number("keep", keep, at_least=0, at_most=1)
-    if isinstance(keep, (int, float)) and keep == 0:
-        raise ValueError("keep must be > 0, got 0: nothing would be perturbed.")
+def _check_share(name: str, share: ScalarOrSchedule) -> None:
+    check_number(name, share, at_least=0, at_most=1)
+    if isinstance(share, (int, float)) and share == 0:
+        raise ValueError(f"{name} must be > 0, got 0: nothing would be perturbed.")
 
 
 @record_further(
@@ -245,6 +245,7 @@ def esam(
 
     Cost: 2 gradients a step; a key is carried.
     """
+    _check_share("beta", beta)
     if as_released:
         ascent = optax.chain(
             mask_leaves_at_random(beta, key=key),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_constant
 from sam_optax._doors.batch import Batch, DataRule
 from sam_optax._step.inputs import Choice, Pass
 from sam_optax.methods._record import record_further
@@ -189,8 +189,8 @@ def focal_weights(
       >>> print(sam_optax.data.focal_weights([90, 10]))
       [0.05 0.45]
     """
-    check_number("gamma", gamma, at_least=0)
-    check_number("sharpness", sharpness, at_least=0)
+    check_constant("gamma", gamma, at_least=0)
+    check_constant("sharpness", sharpness, at_least=0)
     counts = np.asarray(class_counts, np.float64)
     if counts.ndim != 1 or not (counts >= 0).all() or not counts.sum() > 0:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_constant, check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._parts import Ascent, chain, following
 from sam_optax._step import Options, sharpness_aware
@@ -110,7 +110,7 @@ def given_direction(name: str = "direction", *, sign: float = 1) -> Ascent:
       >>> print(f"{loss:.2f} {w:.2f}")
       0.09 0.56
     """
-    check_number("sign", sign)
+    check_constant("sign", sign)
 
     def update_fn(
         updates: optax.Updates,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_constant
 from sam_optax._hyperparameters import ScalarOrSchedule
 from sam_optax._masks import Mask
 from sam_optax._parts import Descent
@@ -146,10 +146,10 @@ def polyak_sam(
 
     Cost: 2 gradients a step; a number is carried.
     """
-    check_number("lower_bound", lower_bound)
-    check_number("weight_decay", weight_decay, at_least=0)
+    check_constant("lower_bound", lower_bound)
+    check_constant("weight_decay", weight_decay, at_least=0)
     if not (isinstance(max_step, float) and max_step == math.inf):
-        check_number("max_step", max_step)
+        check_constant("max_step", max_step)
         if isinstance(max_step, (int, float)) and not max_step > 0:
             raise ValueError(f"max_step must be > 0, got {max_step}.")
     sam = sharpness_aware(

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number, require_grad_fn, require_params
+from sam_optax._checks import (
+    check_constant,
+    check_number,
+    require_grad_fn,
+    require_params,
+)
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
 from sam_optax._parts import chain, following, follows, uses_gradient
@@ -86,7 +91,7 @@ def ascend_from_noise(
     """
     check_number("sigma", sigma, at_least=0)
     if radius is not None:
-        check_number("radius", radius, at_least=0)
+        check_constant("radius", radius, at_least=0)
     if follows(ascent) or not uses_gradient(ascent):
         raise ValueError(
             "ascend_from_noise gives the ascent the gradient at a random point, and "

@@ -123,6 +123,8 @@ def rst(
 
     Cost: 1 + p gradients a step; no tree is carried.
     """
+    if alpha is not None:
+        check_number("alpha", alpha)
     descent = None if alpha is None else blend(alpha)
     cadence = at_random(probability, key=key)
     return sharpness_aware(sam_ascent(rho), descent=descent, cadence=cadence, **options)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number, check_positive_integer
+from sam_optax._checks import check_constant, check_number, check_positive_integer
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax.methods._record import record_further
 
@@ -326,5 +326,8 @@ def _check_term(
     check_number("temperature", temperature)
     if isinstance(temperature, (int, float)) and temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}.")
+    check_constant("start", start)
+    if stop is not None:
+        check_constant("stop", stop)
     if isinstance(start, int) and isinstance(stop, int) and stop <= start:
         raise ValueError(f"stop must be after start, {start}, got {stop}.")

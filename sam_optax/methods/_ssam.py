@@ -530,6 +530,7 @@ def ssam(
         raise ValueError(
             f'score must be "squared_batch_gradient" or "fisher", got {score!r}.'
         )
+    check_number("drop", drop, at_least=0, at_most=1)
     if dynamic and score == "fisher":
         raise ValueError(
             "SSAM-D (dynamic=True) ranks entries by the gradient of the batch, so it "

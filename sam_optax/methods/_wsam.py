@@ -133,5 +133,6 @@ def gradient_norm_penalty(
 
     Cost: 2 gradients a step; no tree is carried.
     """
+    check_number("alpha", alpha)
     descent = blend(alpha, normalized=as_released)
     return sharpness_aware(sam_ascent(rho), descent=descent, **options)
