@@ -134,6 +134,28 @@ def test_a_data_rule_says_on_which_examples_the_value_is(door):
     assert total == pytest.approx(X.sum())
 
 
+def test_an_output_of_each_example_needs_a_step_that_is_known_to_ascend():
+    """The rule keeps 2 of 8 examples, and the step without ascent sees all."""
+
+    def losses(w, x):
+        return jnp.square(x @ w), {"predictions": x @ w}
+
+    sam = sam_optax.sam_every_k(k=2)
+    helper = sam_optax.sam_value_and_grad(
+        losses,
+        sam,
+        has_aux=True,
+        data=sam_optax.data.k_sam(2),
+        value_at="perturbed",
+    )
+    take = functools.partial(helper, W, X, opt_state=sam.init(W))
+    with pytest.raises(ValueError, match=r"\['predictions'\] has shape \(8,\) in"):
+        take()
+    for ascend, size in ((True, 2), (False, 8)):
+        (_, aux), _ = take(ascend=ascend)
+        assert aux["predictions"].shape == (size,)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_over_devices_the_loss_is_the_mean_and_the_rest_is_the_devices_own(check_vma):
     sam = sam_optax.msam(0.5, 0.0)

@@ -143,6 +143,23 @@ def noting(passes: Choice) -> tuple[Choice, list[Any]]:
     return passes.replace(ascent=ascent), points
 
 
+def check_same_auxiliary(value: Any, others: list[Any]) -> None:
+    """Notes the (loss, aux) of a branch; raises if that of the other differs."""
+    aux = value[1] if value else ()
+    for other in others:
+        mismatch = _tree.mismatch(aux, other)
+        if mismatch:
+            raise ValueError(
+                'With value_at="perturbed", the auxiliary output of loss_fn comes from '
+                "w + ε on a step that ascends, and from w on one that does not. The "
+                "program decides which, so both must have the same shapes, and in that "
+                f"of a step that does not ascend, {mismatch}. A rule that selects "
+                "examples changes their number: return an output that does not depend "
+                "on it, such as a mean, or pass ascend=True or False."
+            )
+    others.append(aux)
+
+
 def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
     for name, part in (("ascent", ascent), ("descent", descent)):
         is_missing = part is None and name == "descent"
