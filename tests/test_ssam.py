@@ -77,7 +77,7 @@ def test_ssam_d_exchanges_what_the_reference_exchanges():
 
     The new mask counts from the next step on.
     """
-    gs, shares = gradients(8), np.array([0.5, 1, 1, 0.25, 0, 0, 0.9, 0], np.float32)
+    gs, shares = gradients(8), np.array([0.5, 1, 1, 0.25, 0, 0, 0.95, 0], np.float32)
     part = ascents.drop_and_grow(
         0.6, lambda step: jnp.asarray(shares)[step], refresh_every=3, key=5
     )
