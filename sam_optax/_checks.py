@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+from sam_optax import _tree
 
 
 def check_number(
@@ -14,10 +17,11 @@ def check_number(
     value: Any,
     *,
     at_least: float = -math.inf,
+    above: float = -math.inf,
     below: float = math.inf,
     at_most: float = math.inf,
 ) -> None:
-    """Raises for a Python number outside [at_least, below) or above at_most.
+    """Raises for a Python number that is not finite, or outside of these bounds.
 
     Tracers, JAX arrays and schedules pass: their values are not known when a
     transformation is built, or would have to be fetched from a device.
@@ -33,15 +37,30 @@ def check_number(
             f"{name} must be a number, a schedule (step -> number) or a scalar array, "
             f"got {value!r}."
         )
-    if not (at_least <= float(value) < below and value <= at_most):
+    number = float(value)
+    if not (at_least <= number < below and above < number <= at_most):
         bounds = []
         if at_least > -math.inf:
             bounds.append(f">= {at_least:g}")
+        if above > -math.inf:
+            bounds.append(f"> {above:g}")
         if at_most < math.inf:
             bounds.append(f"<= {at_most:g}")
         else:
             bounds.append(f"< {below:g}" if below < math.inf else "finite")
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
+
+
+def is_infinity(value: Any) -> bool:
+    """Whether a Python or NumPy number is +inf, which sets no limit."""
+    return isinstance(value, (float, np.floating)) and value == math.inf
+
+
+def check_transformation(name: str, value: Any) -> None:
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {value!r}."
+        )
 
 
 def check_constant(name: str, value: Any, **bounds: float) -> None:
@@ -96,6 +115,24 @@ def require_grad_fn(grad_fn: Any, part: str) -> None:
             f"{part} needs grad_fn= (parameters -> gradient), as sharpness_aware "
             "passes it."
         )
+
+
+def tree_argument(extra_args: Any, name: str, like: Any, use: str) -> Any:
+    """The extra argument of an ascent that must be a tree like another one."""
+    value = extra_args.get(name)
+    if value is None:
+        raise ValueError(
+            f"The ascent {use} the extra argument {name!r}, which is missing. Pass "
+            f"extra_args={{{name!r}: ...}} to the function that sam_value_and_grad "
+            f"returns, or {name}=... to tx.update."
+        )
+    mismatch = _tree.mismatch(value, like)
+    if mismatch:
+        raise ValueError(
+            f"The extra argument {name!r} must be a tree like the parameters. In it, "
+            f"{mismatch}."
+        )
+    return value
 
 
 def require_losses(perturbed_loss: Any, value_and_grad_fn: Any, part: str) -> None:

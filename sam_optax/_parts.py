@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from sam_optax._checks import check_transformation
+
 # (g, state, params, **extra_args) -> (ε, next state, whether ε has a finite source)
 Climb = Callable[..., tuple[optax.Updates, optax.OptState, jax.Array | None]]
 # (d, state, params) -> next state
@@ -31,11 +33,14 @@ class Ascent(optax.GradientTransformationExtraArgs):
         the mean over groups and devices; or None.
       uses_gradient: whether the ascent makes any use of g. Where it does not, no
         gradient is taken at the parameters, unless something else uses it.
+      reads_gradient: whether, as a part of a chain, it finds g in the extra argument
+        `ascent_gradient`. The chain then uses g even if a part before drops it.
     """
 
     climb: Climb | None = None
     follow: Follow | None = None
     uses_gradient: bool = True
+    reads_gradient: bool = False
 
     @classmethod
     def from_climb(
@@ -61,6 +66,13 @@ class Ascent(optax.GradientTransformationExtraArgs):
             # So that it can be seen if a wrapper has kept the update alone.
             update: Any = self.update
             update.follows_d = True
+
+
+def reading_gradient(part: optax.GradientTransformation) -> Ascent:
+    """The same part, known to find g in the extra argument `ascent_gradient`."""
+    ascent = Ascent(*optax.with_extra_args_support(part))
+    ascent.reads_gradient = True
+    return ascent
 
 
 def following(
@@ -111,6 +123,7 @@ def following(
       2.0
       1.0
     """
+    check_transformation("ascent", ascent)
     inner = optax.with_extra_args_support(ascent)
     both = follow
     if isinstance(inner, Ascent):
@@ -246,7 +259,10 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
     Returns:
       An ascent for `sharpness_aware`.
     """
+    for part in parts:
+        check_transformation("Each part of a chain", part)
     has_follow = any([follows(part) for part in parts])
+    keeps_g, reads_g = all(map(uses_gradient, parts)), any(map(_reads_gradient, parts))
 
     def init_fn(params: optax.Params) -> optax.OptState:
         return tuple(part.init(params) for part in parts)
@@ -259,7 +275,8 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
             )
             finite = found if finite is None else finite
             states.append(part_state)
-        return updates, tuple(states), finite
+        # A norm of what has replaced g says nothing of the g that another part reads.
+        return updates, tuple(states), finite if keeps_g or not reads_g else None
 
     def follow_fn(d, state, params):
         pairs = zip(parts, state, strict=True)
@@ -269,9 +286,13 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
         init_fn,
         climb_fn,
         follow_fn if has_follow else None,
-        # A part that drops what it receives drops g with it.
-        all(uses_gradient(part) for part in parts),
+        # A part that drops what it receives drops g with it, but for those who read it.
+        uses_gradient=keeps_g or reads_g,
     )
+
+
+def _reads_gradient(part: optax.GradientTransformation) -> bool:
+    return isinstance(part, Ascent) and part.reads_gradient
 
 
 class Descent(optax.GradientTransformationExtraArgs):

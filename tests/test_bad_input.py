@@ -293,3 +293,115 @@ def test_parts_that_need_more_say_so():
     repeated = sam_optax.ascents.ascend_repeatedly(sam_optax.ascents.sam(), 2)
     with pytest.raises(ValueError, match=r"ascend_repeatedly needs grad_fn="):
         repeated.update(w, repeated.init(w), w)
+
+
+# --- Parts and numbers of the wrong kind.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sam_optax.polyak_sam(max_step=np.float32(-1)), "max_step must be > 0"),
+        (lambda: sam_optax.esam(beta=np.float32(0)), "beta must be > 0"),
+        (lambda: sam_optax.mesa(temperature=np.float32(0)), "temperature must be > 0"),
+        (
+            lambda: sam_optax.mesa(start=np.int64(5), stop=np.int64(2)),
+            "stop must be after start, 5, got 2",
+        ),
+        (
+            lambda: sam_optax.stable_sam(minimum=np.float32(2), maximum=np.float32(1)),
+            "minimum must not be above",
+        ),
+        (
+            lambda: sam_optax.bisam_loss(jnp.zeros((1, 2)), 0, mu=np.float64(0)),
+            "mu must be > 0",
+        ),
+        (
+            lambda: sam_optax.bsam(**BSAM, initial_precision=np.float32(0)),
+            "initial_precision must be > 0",
+        ),
+        (
+            lambda: sam_optax.decoupled_wsam(optax.sgd(0.1), -0.1),
+            "learning_rate must be >= 0",
+        ),
+    ],
+)
+def test_numbers_of_numpy_have_the_same_bounds(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_largest_step_is_any_infinity():
+    assert sam_optax.polyak_sam(max_step=np.float32("inf"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sam_optax.ascents.chain(0.1), "part of a chain must be an optax"),
+        (lambda: sam_optax.ascents.following(0.1, None), "ascent must be an optax"),
+        (lambda: sam_optax.ascents.with_state_dtype(0.1), "ascent must be an optax"),
+        (lambda: sam_optax.cadences.reusing(0.1), "cadence must be a sam_optax"),
+        (lambda: sam_optax.lookbehind_sam(0.1), "base must be an optax"),
+        (
+            lambda: sam_optax.lookbehind_sam(optax.sgd(0.1), ascent=0.1),
+            "ascent must be an optax",
+        ),
+        (
+            lambda: sam_optax.decoupled_wsam(0.1, optax.sgd(0.1)),
+            "base must be an optax",
+        ),
+        (
+            lambda: sam_optax.decoupled_wsam(optax.sgd(0.1), None),
+            "learning_rate must be a number",
+        ),
+        (
+            lambda: sam_optax.value_and_ascent_grad(jnp.sum, foo=1),
+            "unknown option 'foo'; it takes value_at, ",
+        ),
+    ],
+)
+def test_parts_of_the_wrong_kind(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda: sam_optax.ascents.chain(sam_optax.sam(), sam_optax.ascents.sam()),
+        lambda: sam_optax.ascents.ascend_repeatedly(sam_optax.sam(), 2),
+    ],
+)
+def test_a_whole_method_inside_of_an_ascent(nested):
+    sam = sam_optax.sharpness_aware(nested())
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match="a whole SAM transformation, such as"):
+        sam.update(w, sam.init(w), w, grad_fn=lambda point: point)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("bsam", lambda: sam_optax.bsam(**BSAM)),
+        ("polyak_sam", lambda: sam_optax.polyak_sam(weight_decay=0.1)),
+        ("lookbehind_sam", lambda: sam_optax.lookbehind_sam(optax.sgd(0.1))),
+    ],
+)
+def test_an_optimizer_that_needs_the_parameters_says_so(name, make):
+    sam, tx = make()
+    w = jnp.ones(2)
+    state = tx.init(w)
+    _, grads = sam_value_and_grad(jnp.sum, sam)(w, opt_state=state)
+    with pytest.raises(ValueError, match=f"{name} needs the parameters"):
+        tx.update(grads, state)
+
+
+def test_labels_bound_by_a_partial_that_something_has_wrapped():
+    def loss(w, x, y):
+        return jnp.mean((x @ w - y) ** 2)
+
+    w, x, y = jnp.ones((3, 1)), jnp.ones((4, 3)), jnp.ones((4, 1))
+    bound = jax.jit(functools.partial(loss, y=y))
+    with pytest.raises(ValueError, match=r"bound by functools\.partial"):
+        sam_optax.value_and_ascent_grad(bound, m=1)(w, x)

@@ -86,9 +86,9 @@ def test_half_precision_is_masked_in_float32():
     "make", [ascents.mask_at_random, ascents.mask_leaves_at_random]
 )
 def test_nothing_kept_is_refused(make):
-    with pytest.raises(ValueError, match="keep must be > 0, got 0"):
+    with pytest.raises(ValueError, match="keep must be > 0 and <= 1, got 0"):
         make(0)
-    with pytest.raises(ValueError, match=r"keep must be >= 0 and <= 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"keep must be > 0 and <= 1, got 1.5"):
         make(1.5)
 
 

@@ -1,5 +1,7 @@
 """Flax NNX: its optimizer forwards grad_fn, and a step updates state as a plain one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,3 +315,14 @@ def test_a_model_without_variables_to_train_raises():
     )
     with pytest.raises(ValueError, match=r"no variables to train.*LoRAParam"):
         gradients(model, jnp.ones((4, 2)))
+
+
+def test_labels_bound_by_a_partial_are_not_broadcast_against_a_group():
+    def loss(model, x, y):
+        return jnp.mean((model(x) - y) ** 2)
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    x, y = jnp.ones((4, 3)), jnp.arange(4.0)[:, None]
+    first_pass = sam_optax.nnx.value_and_ascent_grad(functools.partial(loss, y=y), m=1)
+    with pytest.raises(ValueError, match=r"bound by functools\.partial"):
+        first_pass(model, x)

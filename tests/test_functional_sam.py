@@ -149,3 +149,28 @@ def test_further_points_of_a_descent_come_from_the_ascents_gradient(m):
         return grads_fn(jnp.array(W), X, opt_state=sam.init(W))[1].gradients
 
     assert_trees_close(last_of_two(descents.tilt), last_of_two(), rtol=1e-12)
+
+
+def test_the_network_runs_once_at_w_and_once_at_the_perturbed_point():
+    calls = []
+
+    def counted(w, x):
+        calls.append(w)
+        return network(w, x)
+
+    rule = data.functional(counted, loss_of)
+    sam = sam_optax.sam(0.5)
+    helper = sam_optax.sam_value_and_grad(rule.loss_fn, sam, data=rule)
+    helper(W, X, opt_state=sam.init(W))
+    assert len(calls) == 2
+
+
+def test_outputs_that_are_no_floats_say_where_to_compute_them():
+    rule = data.functional(
+        lambda w, x: {"logits": x @ w, "mask": jnp.arange(6)},
+        lambda outputs, x: outputs["logits"] * outputs["mask"],
+    )
+    sam = sam_optax.sam()
+    helper = sam_optax.sam_value_and_grad(rule.loss_fn, sam, data=rule)
+    with pytest.raises(TypeError, match=r"output\['mask'\] has dtype int"):
+        helper(W, X, opt_state=sam.init(W))

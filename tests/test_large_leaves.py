@@ -65,3 +65,10 @@ def test_counts_are_those_of_python(a, b):
 def test_a_count_of_a_float_is_exact(mantissa, exponent):
     number = mantissa * 2**exponent
     assert as_int(Count.of(jnp.float32(number))) == number
+
+
+def test_zsharp_on_an_array_that_it_cannot_count_says_so():
+    part = sam_optax.ascents.keep_large_z_scores()
+    w = jax.ShapeDtypeStruct((2**20, 2**12 + 1), jnp.float32)
+    with pytest.raises(ValueError, match="an array of 4,296,015,872"):
+        jax.eval_shape(lambda g: part.update(g, part.init(g))[0], w)

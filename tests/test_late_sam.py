@@ -124,3 +124,10 @@ def test_a_negative_start(start):
 def test_a_start_that_is_no_step(start):
     with pytest.raises(TypeError, match="an integer >= 0, or a scalar array; got"):
         cadences.after(start)
+
+
+def test_a_traced_start_beyond_int32_is_never_reached():
+    for start in (jnp.uint32(4_000_000_000), jnp.uint32(2**31)):
+        cadence = sam_optax.cadences.after(start)
+        decision, _ = cadence.decide(None, cadence.init(None))
+        assert not decision

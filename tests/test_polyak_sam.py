@@ -185,3 +185,21 @@ def test_a_grad_fn_without_losses_says_where_they_come_from():
 def test_numbers_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.polyak_sam(**arguments)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_makes_no_step_though_its_gradient_is(bad):
+    def loss_fn(params, offset):
+        return quadratic(params) + jax.lax.stop_gradient(offset)
+
+    sam, tx = sam_optax.polyak_sam(0.3)
+    helper = sam_optax.sam_value_and_grad(loss_fn, sam)
+    params = split(W)
+    state = tx.init(params)
+    for offset in (0.0, bad):
+        before = state
+        _, grads = helper(params, jnp.asarray(offset), opt_state=state)
+        updates, state = tx.update(grads, state, params)
+    assert all(jnp.isnan(x).all() for x in jax.tree.leaves(updates))
+    sizes = [optax.tree.get(s, "polyak_step") for s in (before, state)]
+    assert sizes[0] == sizes[1] > 0

@@ -190,3 +190,25 @@ def test_a_step_that_does_not_ascend_is_plain_and_keeps_looking_ahead():
     _, state = sam.update(grad_fn(w), state, w, grad_fn=grad_fn, ascend=False)
     y = state.descent_state.lookahead_gradient
     assert_trees_close(y, split(H @ (W - 0.1 * H @ W)), rtol=1e-12)
+
+
+def test_groups_cost_no_third_gradient():
+    """The state is the mean of the groups' own; y is not taken on all examples."""
+
+    def mlp_loss(w, x):
+        return jnp.mean(jnp.square(jnp.tanh(x @ w) @ w.T))
+
+    w, x = 0.1 * jnp.ones((64, 64)), jnp.ones((256, 64))
+
+    def flops(sam):
+        helper = sam_optax.sam_value_and_grad(mlp_loss, sam, m=128)
+
+        def step(w, state, x):
+            _, grads = helper(w, x, opt_state=state)
+            return sam.update(grads, state, w)
+
+        compiled = jax.jit(step).lower(w, sam.init(w), x).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # A forward pass more, which takes the loss at w.
+    assert flops(sam_optax.sampa()) < 1.3 * flops(sam_optax.sam())

@@ -15,6 +15,8 @@ import sam_optax
 from doors import DOORS
 from sam_optax import _tree, ascents
 from sam_optax._random import key_stream
+from sam_optax.methods._order import Count
+from sam_optax.methods._ssam import _keep_largest
 
 W = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(7), "d": jnp.zeros(())}}
 SIZE = 20
@@ -586,3 +588,88 @@ def test_a_fisher_that_is_missing_or_wrong(options, fisher, message):
 def test_arguments_that_make_no_method(options, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.ssam(**options)
+
+
+@pytest.mark.parametrize(
+    ("drop", "exchanged"), [(lambda t: 1.2 - 0 * t, 8), (lambda t: -1e-7 - 0 * t, 0)]
+)
+def test_a_schedule_beyond_the_range_of_drop_is_cut_to_it(drop, exchanged):
+    """Under jit, a linear schedule that ends at 0 can end a little below."""
+    part = ascents.drop_and_grow(0.6, drop, refresh_every=1)
+    applied, carried = masks(part, gradients(4))
+    for before, after in zip(applied, carried[1:], strict=True):
+        assert (before & ~after).sum() == exchanged
+        assert after.sum() == 8
+
+
+def test_no_more_is_kept_than_is_eligible():
+    scores = jax.tree.map(jnp.ones_like, W)
+    among = like_params(np.arange(SIZE) < 5)
+    kept = _keep_largest(scores, Count.of(7), among=among)
+    np.testing.assert_array_equal(flat(kept), np.arange(SIZE) < 5)
+
+
+def test_a_parameter_may_be_a_python_number():
+    part = ascents.keep_largest_gradient(0.5)
+    state = part.init({"a": 1.0, "b": jnp.ones(3)})
+    assert all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(state.perturbed))
+
+
+def test_the_fisher_losses_may_have_a_second_output_only_if_that_is_said():
+    def losses(w, x):
+        return (w - x) ** 2, x
+
+    w, x = jnp.array(0.0), jnp.array([1.0, 3.0])
+    f = ascents.mean_squared_gradients(losses, w, x, has_aux=True)
+    assert f == 20  # the mean of (2 · 1)² and (2 · 3)²
+    with pytest.raises(TypeError, match="pass has_aux=True"):
+        ascents.mean_squared_gradients(losses, w, x)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_a_mask_of_g_in_front_of_a_direction_without_g(fisher):
+    """A part that reads g itself: a bad g does not enter its mask, and d is NaN."""
+    reader = (
+        ascents.scale_by_inverse_root_fisher()
+        if fisher
+        else ascents.keep_largest_gradient(0.5, refresh_every=1)
+    )
+    sam = sam_optax.sharpness_aware(
+        ascents.chain(ascents.against_momentum(), reader, ascents.sam(0.1))
+    )
+    w, state = jnp.arange(1.0, 5.0), sam.init(jnp.ones(4))
+
+    def step(g, state):
+        return sam.update(g, state, w, grad_fn=lambda point: point)
+
+    _, state = step(w, state)
+    d, after = step(w.at[0].set(jnp.nan), state)
+    assert jnp.isnan(d).all()
+    for new, old in zip(
+        jax.tree.leaves(after.ascent_state),
+        jax.tree.leaves(state.ascent_state),
+        strict=True,
+    ):
+        if old.dtype == jnp.bool_ or jnp.issubdtype(old.dtype, jnp.floating):
+            np.testing.assert_array_equal(new, old)
+
+
+def test_an_ascent_whose_mask_is_made_of_g_can_have_a_batch_of_its_own():
+    sam = sam_optax.sharpness_aware(
+        ascents.chain(
+            ascents.against_momentum(),
+            ascents.keep_largest_gradient(0.5, refresh_every=1),
+            ascents.sam(0.1),
+        )
+    )
+
+    def loss_fn(w, x):
+        return jnp.mean(x @ w)
+
+    loss_and_grads = sam_optax.sam_value_and_grad(loss_fn, sam)
+    w, x = jnp.ones(2), jnp.array([[1.0, 2.0]])
+    _, grads = loss_and_grads(
+        w, x, opt_state=sam.init(w), ascent_batch=jnp.array([[3.0, 1.0]])
+    )
+    perturbed = sam.update(grads, sam.init(w), w)[1].ascent_state[1].perturbed
+    np.testing.assert_array_equal(perturbed, [True, False])

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import sam_optax
 from lab import assert_trees_close
@@ -216,3 +218,21 @@ def test_the_states_go_through_scan():
 def test_what_does_not_fit_says_why(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_saf_on_a_mesh_of_explicit_axes():
+    """As `jax.make_mesh` makes: the batch is spread, and each device has the past."""
+    saf = make_saf(lag=1)
+
+    def visit(state, index, z):
+        state = saf.update(state, z, index)
+        return saf.penalty(state, 0.5 * z, index), saf.update(state, 2 * z, index)
+
+    expected, after = jax.jit(visit)(saf.init(), INDEX, outputs(0))
+    assert (expected > 0).all()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put((INDEX, outputs(0)), NamedSharding(mesh, P("data")))
+        found = jax.jit(visit)(saf.init(), *spread)
+    assert found[0].sharding.spec == P("data")
+    assert_trees_close(found, (expected, after), rtol=1e-6)

@@ -272,6 +272,7 @@ def _check_no_other_batch(
         return {x.shape[0] for x in jax.tree.leaves(tree) if getattr(x, "shape", ())}
 
     batch = sizes(everything.pop(slot))
+    loss_fn = inspect.unwrap(loss_fn)  # of what jax.jit or sam_optax.nnx has wrapped
     if isinstance(loss_fn, functools.partial):
         everything["bound by functools.partial"] = (loss_fn.args, loss_fn.keywords)
     for key, value in everything.items():

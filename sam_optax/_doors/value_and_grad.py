@@ -263,6 +263,12 @@ def value_and_ascent_grad(
 
     Cost: one gradient; the other is taken in the update.
     """
+    unknown = set(options) - set(FirstPassOptions.__annotations__)
+    if unknown:
+        raise TypeError(
+            f"value_and_ascent_grad got the unknown option {min(unknown)!r}; it takes "
+            f"{', '.join(FirstPassOptions.__annotations__)}."
+        )
     _check_parameter_names(loss_fn, ("ascent_batch",), "value_and_ascent_grad")
     first_pass = _make_first_pass(loss_fn, has_aux, **options)
 
@@ -398,7 +404,8 @@ def _check_parameter_names(
     except (TypeError, ValueError):  # builtins have no signature, nor names to collide
         return
     # What a partial has bound already can no longer be passed by mistake.
-    bound = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    inner = inspect.unwrap(loss_fn)
+    bound = inner.keywords if isinstance(inner, functools.partial) else {}
     taken = [key for key in own_keywords if key in parameters and key not in bound]
     if taken:
         raise ValueError(

@@ -143,7 +143,7 @@ def noting(passes: Choice) -> tuple[Choice, list[Any]]:
     return passes.replace(ascent=ascent), points
 
 
-def check_same_auxiliary(value: Any, others: list[Any]) -> None:
+def note_auxiliary(value: Any, others: list[Any]) -> None:
     """Notes the (loss, aux) of a branch; raises if that of the other differs."""
     aux = value[1] if value else ()
     for other in others:
@@ -304,7 +304,9 @@ def check_call(
         if name in extra_args:
             raise ValueError(
                 f"The extra argument {name!r} is one that a SAM transformation passes "
-                "to its parts itself. Give yours another name."
+                "to its parts itself. Give yours another name. If you pass none, a "
+                "whole SAM transformation, such as sam_optax.sam(), stands where one "
+                "of its parts should, such as sam_optax.ascents.sam()."
             )
     check_params(params)
     mismatch = _tree.mismatch(updates, params)

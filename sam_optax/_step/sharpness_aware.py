@@ -27,7 +27,7 @@ from sam_optax._step.inputs import (
     check_axes,
     check_call,
     check_is_whole,
-    check_same_auxiliary,
+    note_auxiliary,
     noting,
     warn_if_descends,
 )
@@ -229,7 +229,7 @@ def sharpness_aware(
         # The last result is None if the ascent took no norm that shows it.
         perturbation, ascent_state, source_is_finite = path.ascent_step(g, passes)
 
-        values: list[Any] = []  # of the branches, as they are traced
+        outputs: list[Any] = []  # auxiliary, of the branches as they are traced
 
         def with_second_gradient():
             g_descent = path.compared_gradient(g, passes)
@@ -246,7 +246,7 @@ def sharpness_aware(
             d = _tree.cast_like(own_d if mean_d is None else mean_d, g)
             kept = cadence.remember(d, g_descent, cadence_state)
             measured = report_of(g, there, passes.loss) if is_measured else ()
-            check_same_auxiliary(there.value, values)
+            note_auxiliary(there.value, outputs)
             return d, descent_state, kept, measured, there.value
 
         def without_second_gradient():
@@ -261,7 +261,7 @@ def sharpness_aware(
             )
             measured = report_without_ascent(g, passes.loss) if is_measured else ()
             value = () if passes.value_slot is None else (here.loss, here.aux)
-            check_same_auxiliary(value, values)
+            note_auxiliary(value, outputs)
             return d, descent_state, cadence_state, measured, value
 
         d, descent_state, cadence_state, measured, value = _cond(

@@ -88,10 +88,8 @@ def bisam_loss(
     if bound not in ("log", "tanh"):
         raise ValueError(f"bound must be 'log' or 'tanh', got {bound!r}.")
     mu = {"log": 1.0, "tanh": 10.0}[bound] if mu is None else mu
-    for name, number in (("mu", mu), ("alpha", alpha)):
-        check_constant(name, number)
-        if isinstance(number, (int, float)) and not number > 0:
-            raise ValueError(f"{name} must be > 0, got {number}.")
+    check_constant("mu", mu, above=0)
+    check_constant("alpha", alpha, above=0)
     logits, labels = _tree.at_least_float32(jnp.asarray(logits)), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(

@@ -1,6 +1,5 @@
 """bSAM: a Gaussian posterior over the parameters, learned by SAM steps."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -217,11 +216,7 @@ def bsam(
     check_constant("beta2", beta2, at_least=0, below=1)
     check_constant("weight_decay", weight_decay, at_least=0)
     check_constant("damping", damping, at_least=0)
-    check_constant("initial_precision", initial_precision)
-    if not initial_precision > 0 or math.isinf(initial_precision):
-        raise ValueError(
-            f"initial_precision must be > 0 and finite, got {initial_precision}."
-        )
+    check_constant("initial_precision", initial_precision, above=0)
     sam = sharpness_aware(
         _draw_from_posterior(examples, key),
         descent=_ascend_by_precision(
@@ -239,6 +234,7 @@ def bsam(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, BayesState]:
+        require_params(params, "bsam")
         step, sam_state, momentum = state
         new_sam_state: Any
         d, new_sam_state = sam.update(updates, sam_state, params, **extra_args)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, check_transformation
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax._masks import Mask
 from sam_optax._random import Key
@@ -105,6 +105,8 @@ def decoupled_wsam(
 
     Cost: 2 gradients a step; one tree is carried, in at least float32.
     """
+    check_transformation("base", base)
+    check_number("learning_rate", learning_rate, at_least=0)
     check_number("gamma", gamma, at_least=0, below=1)
     sam = sharpness_aware(
         sam_ascent(rho),

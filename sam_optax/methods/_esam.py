@@ -10,6 +10,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._doors.batch import Batch, DataRule
 from sam_optax._hyperparameters import ScalarOrSchedule, map_value, scheduled
+from sam_optax._parts import chain
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
 from sam_optax._step.inputs import Choice
@@ -111,9 +112,8 @@ def mask_leaves_at_random(
 
 
 def _check_share(name: str, share: ScalarOrSchedule) -> None:
-    check_number(name, share, at_least=0, at_most=1)
-    if isinstance(share, (int, float)) and share == 0:
-        raise ValueError(f"{name} must be > 0, got 0: nothing would be perturbed.")
+    """With 0, nothing would be perturbed."""
+    check_number(name, share, above=0, at_most=1)
 
 
 @record_further(
@@ -247,11 +247,11 @@ def esam(
     """
     _check_share("beta", beta)
     if as_released:
-        ascent = optax.chain(
+        ascent = chain(
             mask_leaves_at_random(beta, key=key),
             sam_ascent(rho),
             scale_by_rho(map_value(lambda beta: 1 / beta, beta)),
         )
     else:
-        ascent = optax.chain(sam_ascent(rho), mask_at_random(beta, key=key))
+        ascent = chain(sam_ascent(rho), mask_at_random(beta, key=key))
     return sharpness_aware(ascent, **options)

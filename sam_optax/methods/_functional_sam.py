@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, tree_argument
 from sam_optax._doors.batch import Batch
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._step.inputs import Choice, Pass
@@ -113,13 +113,18 @@ class FunctionalRule:
                 "split it, and merge it in outputs_fn: sam_optax.nnx wraps the loss."
             )
         ell = batch.with_loss(self._outputs_loss)
-        at_w = batch.call(self._outputs_fn, params)
-        cotangent = ell.gradient(at_w).gradient
+
+        def network(point: Any) -> Any:
+            return batch.call(self._outputs_fn, point)
+
+        at_w, pull_back_at_w = jax.vjp(network, params)
+        _check_outputs(at_w)
+        here = ell.gradient(at_w)
+        cotangent = here.gradient
+        (g,) = pull_back_at_w(cotangent)
 
         def descent(point: Any) -> Pass:
-            outputs, pull_back = jax.vjp(
-                lambda point: batch.call(self._outputs_fn, point), point
-            )
+            outputs, pull_back = jax.vjp(network, point)
             mismatch = _tree.mismatch(outputs, at_w)
             if mismatch:
                 raise ValueError(
@@ -130,7 +135,19 @@ class FunctionalRule:
             there = ell.forward(outputs)
             return there._replace(gradient=gradient, batch=batch)
 
-        return Choice(batch.gradient(params), batch.gradient, descent)
+        seen = here._replace(gradient=g, batch=batch)
+        return Choice(seen, batch.gradient, descent)
+
+
+def _check_outputs(outputs: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        if not _tree.is_inexact(leaf):
+            raise TypeError(
+                "outputs_fn must return floating-point arrays, because the loss is "
+                f"differentiated by them. Its output{jax.tree_util.keystr(path)} has "
+                f"dtype {jnp.result_type(leaf)}: compute it in outputs_loss, or pass "
+                "it there as an argument of the loss."
+            )
 
 
 def divide_by_root_of(
@@ -179,19 +196,7 @@ def divide_by_root_of(
     def part(eps):
         def update_fn(updates, state, params=None, **extra_args):
             del params
-            nu = extra_args.get(name)
-            if nu is None:
-                raise ValueError(
-                    f"The ascent divides by the root of the extra argument {name!r}, "
-                    "which is missing. Pass it in extra_args= to the function that "
-                    "sam_value_and_grad returns, or by its name to tx.update."
-                )
-            mismatch = _tree.mismatch(nu, updates)
-            if mismatch:
-                raise ValueError(
-                    f"The extra argument {name!r} must be a tree like the parameters. "
-                    f"In it, {mismatch}."
-                )
+            nu = tree_argument(extra_args, name, updates, "divides by the root of")
             g = _tree.at_least_float32(updates)
             return jax.tree.map(
                 lambda g, v: g / (jnp.sqrt(v.astype(g.dtype)) + eps), g, nu

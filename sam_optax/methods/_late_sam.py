@@ -74,9 +74,12 @@ def after(start: int | jax.Array) -> Cadence:
 
 def _at_most_int32(start: int | jax.Array) -> int | jax.Array:
     """The start, or a step that is never reached in place of one beyond int32."""
+    last = np.iinfo(np.int32).max
     if isinstance(start, (int, np.integer, np.ndarray)):
-        return min(int(start), np.iinfo(np.int32).max)
-    return start
+        return min(int(start), last)
+    if jnp.iinfo(start.dtype).max > last:
+        start = jnp.minimum(start, last)
+    return start.astype(jnp.int32)
 
 
 def _check_start(start: int | jax.Array) -> None:

@@ -11,6 +11,7 @@ from sam_optax import _tree
 from sam_optax._checks import (
     check_number,
     check_static_integer,
+    check_transformation,
     require_grad_fn,
     require_params,
 )
@@ -181,6 +182,8 @@ def lookbehind_sam(
     else:
         check_number("alpha", alpha, at_least=0, at_most=1)
     ascent = sam_ascent(rho) if ascent is None else ascent
+    check_transformation("base", base)
+    check_transformation("ascent", ascent)
     if follows(ascent) or not uses_gradient(ascent):
         raise ValueError(
             "lookbehind_sam climbs along the gradient at each of its points, and this "
@@ -205,6 +208,7 @@ def lookbehind_sam(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, LookbehindState]:
+        require_params(params, "lookbehind_sam")
         step, sam_state, base_state = state
         new_sam_state: Any
         last, new_sam_state = sam.update(updates, sam_state, params, **extra_args)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_constant, check_number
+from sam_optax._checks import check_constant, check_number, tree_argument
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._parts import Ascent, chain, following
 from sam_optax._step import Options, sharpness_aware
@@ -119,19 +119,7 @@ def given_direction(name: str = "direction", *, sign: float = 1) -> Ascent:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        direction = extra_args.get(name)
-        if direction is None:
-            raise ValueError(
-                f"The ascent follows the extra argument {name!r}, which is missing. "
-                f"Pass extra_args={{{name!r}: direction}} to the function that "
-                f"sam_value_and_grad returns, or {name}=direction to tx.update."
-            )
-        mismatch = _tree.mismatch(direction, updates)
-        if mismatch:
-            raise ValueError(
-                f"The extra argument {name!r} must be a tree like the parameters. In "
-                f"it, {mismatch}."
-            )
+        direction = tree_argument(extra_args, name, updates, "follows")
         return _tree.scale(sign, _tree.at_least_float32(direction)), state
 
     return following(

@@ -58,6 +58,15 @@ def sum_true(condition: jax.Array) -> jax.Array:
     return jnp.sum(condition, dtype=jnp.uint32)
 
 
+def check_countable(leaf: jax.Array) -> None:
+    if leaf.size > 2**32 - 1:
+        raise ValueError(
+            "A sparse perturbation counts the entries of an array with 32 bits, so it "
+            "can choose among 4,294,967,295 of them, and there is an array of "
+            f"{leaf.size:,}. Split it, or leave it out by mask=."
+        )
+
+
 def ranks_of(scores: jax.Array) -> jax.Array:
     """Unsigned integers >= 1 in the order of the scores, which must not be negative."""
     unsigned = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
@@ -88,6 +97,7 @@ def above_quantile(scores: jax.Array, quantile: jax.Array) -> jax.Array:
     The quantile lies between two scores that follow each other in their order, or is
     the lower one, so the scores above it are those above the lower one.
     """
+    check_countable(scores)
     ranks = ranks_of(scores)
     # As a float, because the size of a large leaf is no int32.
     below = jnp.floor(quantile * float(scores.size - 1)).astype(jnp.uint32)

@@ -1,6 +1,5 @@
 """SAM with Polyak's step size, which replaces the base optimizer."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_constant
+from sam_optax._checks import check_constant, is_infinity, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule
 from sam_optax._masks import Mask
 from sam_optax._parts import Descent
@@ -57,7 +56,9 @@ def measure_polyak_step(lower_bound: Any, max_step: Any) -> Descent:
         safe = jnp.where(slope == 0, 1, slope)
         step = jnp.clip(excess / safe / safe, 0, max_step)
         step = jnp.asarray(step, state.polyak_step.dtype)
-        return updates, PolyakState(step)
+        # A loss that is not finite gives no step, and shows in d.
+        d = _tree.scale(jnp.where(jnp.isfinite(loss), 1, jnp.nan), updates)
+        return d, PolyakState(step)
 
     descent = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return Descent.of(descent, uses_loss=True)
@@ -141,17 +142,15 @@ def polyak_sam(
       1. It computes norms and the step size in float32, whatever the parameters are.
       2. No epsilon is added to the norms. Theirs are 1e-12.
       3. On a step with ascend=False, γ is Polyak's step at w. Theirs has no such steps.
-      4. With m=, or one perturbation per device, γ is made of the means over groups of
-         the loss, gᵃ and ε.
+      4. With m=, or one perturbation per device, γ is made of the mean loss and the
+         mean gᵃ of the groups, and of the ε of the mean gradient.
 
     Cost: 2 gradients a step; a number is carried.
     """
     check_constant("lower_bound", lower_bound)
     check_constant("weight_decay", weight_decay, at_least=0)
-    if not (isinstance(max_step, float) and max_step == math.inf):
-        check_constant("max_step", max_step)
-        if isinstance(max_step, (int, float)) and not max_step > 0:
-            raise ValueError(f"max_step must be > 0, got {max_step}.")
+    if not is_infinity(max_step):
+        check_constant("max_step", max_step, above=0)
     sam = sharpness_aware(
         unified_sam_ascent(rho, lam),
         descent=measure_polyak_step(lower_bound, max_step),
@@ -166,6 +165,7 @@ def polyak_sam(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, PolyakOptimizerState]:
+        require_params(params, "polyak_sam")
         new: Any
         d, new = sam.update(updates, state.sharpness_state, params, **extra_args)
         decayed = _tree.at_least_float32(d)

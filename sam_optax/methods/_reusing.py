@@ -46,6 +46,11 @@ def reusing(
       >>> sam = sam_optax.sharpness_aware(
       ...     ascents.sam(rho=0.1), cadence=cadences.reusing(cadences.at_random(0.2)))
     """
+    if not isinstance(cadence, Cadence):
+        raise TypeError(
+            "cadence must be a sam_optax.cadences.Cadence, such as "
+            f"cadences.at_random(0.2), got {cadence!r}."
+        )
     # With k = 1, the other cadence only counts the steps, for a schedule of alpha.
     reuse = every_k_reusing(1, alpha, per_tensor=per_tensor)
 

@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax._checks import check_constant, check_number, check_positive_integer
+from sam_optax._checks import (
+    check_constant,
+    check_number,
+    check_positive_integer,
+    is_integer,
+)
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax.methods._record import record_further
 
@@ -147,7 +153,8 @@ def saf(
             )
 
     def locate(index):
-        index = jnp.asarray(index, jnp.int32)
+        # Every device has all past outputs, so it can look up any example's.
+        index = sharding.replicate(jnp.asarray(index, jnp.int32))
         is_known = (index >= 0) & (index < num_examples)
         return jnp.where(is_known, index, 0), is_known
 
@@ -155,15 +162,17 @@ def saf(
         check(outputs, index)
         index, is_known = locate(index)
         visits, step = state.visits[index], state.saf_step
-        past = state.past_outputs[index, visits % lag]
+        past = sharding.like(state.past_outputs[index, visits % lag], outputs)
         divergence = _divergence(past, outputs, value_at(temperature, step))
-        divergence = jnp.where(is_known & (visits >= lag), divergence, 0)
+        counts = sharding.like_first_axis(is_known & (visits >= lag), outputs)
+        divergence = jnp.where(counts, divergence, 0)
         return _weigh(divergence, weight, step, start, stop)
 
     def update_fn(state: SafState, outputs: Any, index: Any) -> SafState:
         check(outputs, index)
         index, is_known = locate(index)
-        outputs = jax.lax.stop_gradient(outputs).astype(dtype)
+        outputs = jax.lax.stop_gradient(jnp.asarray(outputs)).astype(dtype)
+        outputs = sharding.replicate(outputs)
         is_kept = is_known & jnp.all(jnp.isfinite(outputs), axis=-1)
         # The scatter drops an index out of range.
         kept = jnp.where(is_kept, index, num_examples)
@@ -323,11 +332,9 @@ def _check_term(
     stop: int | None,
 ) -> None:
     check_number("weight", weight, at_least=0)
-    check_number("temperature", temperature)
-    if isinstance(temperature, (int, float)) and temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    check_number("temperature", temperature, above=0)
     check_constant("start", start)
     if stop is not None:
         check_constant("stop", stop)
-    if isinstance(start, int) and isinstance(stop, int) and stop <= start:
-        raise ValueError(f"stop must be after start, {start}, got {stop}.")
+        if is_integer(start) and is_integer(stop) and stop <= start:
+            raise ValueError(f"stop must be after start, {start}, got {stop}.")

@@ -57,7 +57,8 @@ def mix_with_lookahead(
     Returns:
       A descent for `sharpness_aware`. It carries y, and m if there is a momentum, in at
       least float32, and hands y to the ascent as the extra argument
-      `lookahead_gradient`.
+      `lookahead_gradient`. `optax.chain` around it would drop what it hands on: pass it
+      as descent= itself.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -117,6 +118,8 @@ def mix_with_lookahead(
         for_ascent=lambda state: {
             "lookahead_gradient": unscheduled(state).lookahead_gradient
         },
+        # So that under groups y is not taken once more, on all examples.
+        averages_state=True,
     )
 
 

@@ -12,9 +12,7 @@ def largest(values: jax.Array, count: int) -> jax.Array:
 
 
 def check_fraction(name: str, fraction: float) -> None:
-    check_static_number(name, fraction, at_most=1)
-    if not fraction > 0:
-        raise ValueError(f"{name} must be > 0, got {fraction}.")
+    check_static_number(name, fraction, above=0, at_most=1)
 
 
 def count_of(fraction: float, size: int) -> int:

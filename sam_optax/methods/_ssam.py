@@ -15,10 +15,19 @@ from sam_optax._checks import (
     check_static_integer,
     check_static_number,
 )
+from sam_optax._doors.batch import loss_and_aux
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
+from sam_optax._parts import chain, reading_gradient
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
-from sam_optax.methods._order import Count, count_true, greatest, ranks_of, sum_true
+from sam_optax.methods._order import (
+    Count,
+    check_countable,
+    count_true,
+    greatest,
+    ranks_of,
+    sum_true,
+)
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 
@@ -115,9 +124,9 @@ def drop_and_grow(
     Args:
       sparsity, refresh_every: as for `keep_largest_fisher`.
       drop: the share of the kept entries that is exchanged, a number from 0 to 1 or a
-        schedule of the step. Default 0.5, where the authors' code starts. There, the
-        share then falls to 0 along a cosine. For this, pass
-        `optax.cosine_decay_schedule(0.5, steps)` with the number of steps of the
+        schedule of the step, whose values are cut to this range. Default 0.5, where the
+        authors' code starts. There, the share then falls to 0 along a cosine. For this,
+        pass `optax.cosine_decay_schedule(0.5, steps)` with the number of steps of the
         training.
       key: an int, a typed key or a legacy one. Default 0.
 
@@ -133,9 +142,11 @@ def drop_and_grow(
 
     def renew(key, step, mask, scores, count):
         share = _tree.at_least_float32(jnp.asarray(value_at(drop, step)))
-        others = Count.of(_tree.size(mask) - count)
-        exchanged = Count.of(jnp.round(share * float(count))).smaller(others)
-        stays = _keep_largest(scores, Count.of(count).minus(exchanged), among=mask)
+        # Under jit, a schedule that ends at 0 can end a little below.
+        exchanged = Count.of(jnp.round(jnp.clip(share, 0, 1) * float(count)))
+        own, others = Count.of(count), Count.of(_tree.size(mask) - count)
+        exchanged = exchanged.smaller(own).smaller(others)
+        stays = _keep_largest(scores, own.minus(exchanged), among=mask)
         outside = jax.tree.map(jnp.logical_not, mask)
         chance = _tree.uniform_like(key, scores)
         enters = _keep_largest(chance, exchanged, among=outside)
@@ -229,7 +240,9 @@ def _masked_by(
         mask = _keep_largest(scores, Count.of(kept(_tree.size(params))))
         # An array's layout on a mesh can be part of its type. This operation changes
         # no entry, but gives the mask the layout of the parameters.
-        mask = jax.tree.map(lambda keep, w: keep & ~(abs(w) < 0), mask, params)
+        mask = jax.tree.map(
+            lambda keep, w: keep & jnp.logical_not(jnp.abs(w) < 0), mask, params
+        )
         return SparseState(jnp.zeros((), jnp.int32), keys.start(), mask)
 
     def update_fn(
@@ -257,11 +270,13 @@ def _masked_by(
         )
         return updates, SparseState(optax.safe_increment(step), later, after)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return reading_gradient(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
     """A mask that is True for as many entries as wanted, those of the largest scores.
+
+    If fewer are eligible, it is True for these.
 
     Of equal scores, the earlier ones are kept. No entry leaves its device and nothing
     is sorted: the threshold is found by counting, once per bit. Scores must not be
@@ -270,13 +285,8 @@ def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(scores)
     if not leaves:  # optax.tree.map_params initialises with trees without leaves
         return scores
-    largest = max(leaf.size for leaf in leaves)
-    if largest > 2**32 - 1:
-        raise ValueError(
-            "A sparse perturbation counts the entries of an array with 32 bits, so it "
-            "can choose among 4,294,967,295 of them, and there is an array of "
-            f"{largest:,}. Split it, or leave it out by mask=."
-        )
+    for leaf in leaves:
+        check_countable(leaf)
     dtype = _tree.widest(*[x.dtype for x in leaves])
     ranks = [ranks_of(x.astype(dtype)) for x in leaves]
     if among is not None:  # rank 0 marks the entries that are not eligible
@@ -286,8 +296,10 @@ def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
     def is_low_enough(threshold):
         return count_true([r >= threshold for r in ranks]).at_least(wanted)
 
+    possible = count_true([r > 0 for r in ranks])
+    wanted = wanted.smaller(possible)
     # Made from the ranks, this zero varies over the mesh axes that they vary over.
-    zero = 0 * count_true([r > 0 for r in ranks]).low
+    zero = 0 * possible.low
     threshold = greatest(is_low_enough, zero.astype(ranks[0].dtype))
     above, ties = ([f(r, threshold) for r in ranks] for f in (jnp.greater, jnp.equal))
     room, shares = wanted.minus(count_true(above)), []
@@ -385,8 +397,8 @@ def mean_squared_gradients(
     params = jax.tree.map(vary, params)
 
     def mean_loss(params, *batch):
-        loss = loss_fn(params, *batch)
-        return jnp.mean(loss[0] if has_aux else loss)
+        loss, _ = loss_and_aux(loss_fn(params, *batch), has_aux)
+        return jnp.mean(loss)
 
     def squared_gradient(example):
         batch = jax.tree.map(lambda x: x[None], example)
@@ -521,8 +533,9 @@ def ssam(
       4. No epsilon is added to the norm. Theirs is 1e-7.
 
     Cost: 2 gradients a step; a tree of bools is carried. A refresh takes two passes
-    over the gradient for each bit of an entry. With score="fisher", it also takes the
-    gradients of the single examples, and once per group if the examples are in groups.
+    over the gradient for each bit of an entry, and four with SSAM-D. With
+    score="fisher", it also takes the gradients of the single examples, and once per
+    group if the examples are in groups.
     If the gradient is not finite on the step of a refresh, the mask stays as it is
     until the next refresh.
     """
@@ -542,5 +555,5 @@ def ssam(
         sparse = keep_largest_fisher(sparsity, refresh_every=refresh_every)
     else:
         sparse = keep_largest_gradient(sparsity, refresh_every=refresh_every)
-    ascent = optax.chain(normalize_by_global_norm(), sparse, scale_by_rho(rho))
+    ascent = chain(normalize_by_global_norm(), sparse, scale_by_rho(rho))
     return sharpness_aware(ascent, **options)

@@ -1,13 +1,14 @@
 """StableSAM: the descent gradient is rescaled to the norm of the gradient at w."""
 
 import math
+import numbers
 from typing import Unpack
 
 import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, is_infinity
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
 from sam_optax._parts import Descent
@@ -57,13 +58,10 @@ def renormalize(
       Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024.
     """
     check_number("minimum", minimum, at_least=0)
-    if not (isinstance(maximum, float) and maximum == math.inf):
+    if not is_infinity(maximum):
         check_number("maximum", maximum, at_least=0)
-    if (
-        isinstance(minimum, (int, float))
-        and isinstance(maximum, (int, float))
-        and minimum > maximum
-    ):
+    known = [x for x in (minimum, maximum) if isinstance(x, numbers.Real)]
+    if len(known) == 2 and known[0] > known[1]:
         raise ValueError(
             f"minimum must not be above maximum, got {minimum} and {maximum}."
         )

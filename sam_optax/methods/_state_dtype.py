@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import require_params
+from sam_optax._checks import check_transformation, require_params
 from sam_optax._parts import Ascent, climb, follow, follows, uses_gradient
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_at_random
@@ -57,6 +57,7 @@ def with_state_dtype(
 
     Cost: the random numbers of a step, one for each number that is carried.
     """
+    check_transformation("ascent", ascent)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}.")
     narrow_dtype = jnp.dtype(dtype)
