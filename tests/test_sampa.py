@@ -201,7 +201,8 @@ def test_groups_cost_no_third_gradient():
     w, x = 0.1 * jnp.ones((64, 64)), jnp.ones((256, 64))
 
     def flops(sam):
-        helper = sam_optax.sam_value_and_grad(mlp_loss, sam, m=128)
+        options = {"m": 128, "map_groups": "scan"}  # else XLA may see that they are one
+        helper = sam_optax.sam_value_and_grad(mlp_loss, sam, **options)
 
         def step(w, state, x):
             _, grads = helper(w, x, opt_state=state)
@@ -210,5 +211,4 @@ def test_groups_cost_no_third_gradient():
         compiled = jax.jit(step).lower(w, sam.init(w), x).compile()
         return compiled.cost_analysis()["flops"]
 
-    # A forward pass more, which takes the loss at w.
     assert flops(sam_optax.sampa()) < 1.3 * flops(sam_optax.sam())

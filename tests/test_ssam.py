@@ -16,7 +16,7 @@ from doors import DOORS
 from sam_optax import _tree, ascents
 from sam_optax._random import key_stream
 from sam_optax.methods._order import Count
-from sam_optax.methods._ssam import _keep_largest
+from sam_optax.methods._ssam import _keep_largest, _number_exchanged
 
 W = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(7), "d": jnp.zeros(())}}
 SIZE = 20
@@ -591,7 +591,7 @@ def test_arguments_that_make_no_method(options, message):
 
 
 @pytest.mark.parametrize(
-    ("drop", "exchanged"), [(lambda t: 1.2 - 0 * t, 8), (lambda t: -1e-7 - 0 * t, 0)]
+    ("drop", "exchanged"), [(lambda t: 1.2 - 0 * t, 8), (lambda t: -0.2 - 0 * t, 0)]
 )
 def test_a_schedule_beyond_the_range_of_drop_is_cut_to_it(drop, exchanged):
     """Under jit, a linear schedule that ends at 0 can end a little below."""
@@ -600,6 +600,20 @@ def test_a_schedule_beyond_the_range_of_drop_is_cut_to_it(drop, exchanged):
     for before, after in zip(applied, carried[1:], strict=True):
         assert (before & ~after).sum() == exchanged
         assert after.sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "others", "exchanged"),
+    [
+        (1.0, 16_777_219, 2**33, 16_777_219),  # float32 rounds it up to ..220
+        (0.5, 2**33, 2**33, 2**32),
+        (0.5, 8, 3, 3),
+        (0.3, 8, 8, 2),
+    ],
+)
+def test_the_number_that_is_exchanged(share, count, others, exchanged):
+    found = _number_exchanged(jnp.float32(share), count, others)
+    assert int(found.high) * 2**32 + int(found.low) == exchanged
 
 
 def test_no_more_is_kept_than_is_eligible():
@@ -637,6 +651,7 @@ def test_a_mask_of_g_in_front_of_a_direction_without_g(fisher):
     sam = sam_optax.sharpness_aware(
         ascents.chain(ascents.against_momentum(), reader, ascents.sam(0.1))
     )
+    assert sam_optax.ascents.chain(ascents.against_momentum(), reader).uses_gradient
     w, state = jnp.arange(1.0, 5.0), sam.init(jnp.ones(4))
 
     def step(g, state):

@@ -162,10 +162,9 @@ def saf(
         check(outputs, index)
         index, is_known = locate(index)
         visits, step = state.visits[index], state.saf_step
-        past = sharding.like(state.past_outputs[index, visits % lag], outputs)
+        past = state.past_outputs[index, visits % lag]
         divergence = _divergence(past, outputs, value_at(temperature, step))
-        counts = sharding.like_first_axis(is_known & (visits >= lag), outputs)
-        divergence = jnp.where(counts, divergence, 0)
+        divergence = jnp.where(is_known & (visits >= lag), divergence, 0)
         return _weigh(divergence, weight, step, start, stop)
 
     def update_fn(state: SafState, outputs: Any, index: Any) -> SafState:

@@ -141,12 +141,10 @@ def drop_and_grow(
     check_number("drop", drop, at_least=0, at_most=1)
 
     def renew(key, step, mask, scores, count):
-        share = _tree.at_least_float32(jnp.asarray(value_at(drop, step)))
-        # Under jit, a schedule that ends at 0 can end a little below.
-        exchanged = Count.of(jnp.round(jnp.clip(share, 0, 1) * float(count)))
-        own, others = Count.of(count), Count.of(_tree.size(mask) - count)
-        exchanged = exchanged.smaller(own).smaller(others)
-        stays = _keep_largest(scores, own.minus(exchanged), among=mask)
+        exchanged = _number_exchanged(
+            value_at(drop, step), count, _tree.size(mask) - count
+        )
+        stays = _keep_largest(scores, Count.of(count).minus(exchanged), among=mask)
         outside = jax.tree.map(jnp.logical_not, mask)
         chance = _tree.uniform_like(key, scores)
         enters = _keep_largest(chance, exchanged, among=outside)
@@ -160,6 +158,15 @@ def drop_and_grow(
         scores_of=lambda magnitudes, fisher: lambda: magnitudes,
         from_next_step=True,
     )
+
+
+def _number_exchanged(share: Any, count: int, others: int) -> Count:
+    """That share of `count` entries, as far as there are others to take their place."""
+    share = _tree.at_least_float32(jnp.asarray(share))
+    # Under jit, a schedule that ends at 0 can end a little below.
+    rounded = Count.of(jnp.round(jnp.clip(share, 0, 1) * float(count)))
+    # The product can be above the count, which a float may not hold exactly.
+    return rounded.smaller(Count.of(count)).smaller(Count.of(others))
 
 
 # How a refresh gets its scores: (|g|, the extra argument fisher) -> a function
