@@ -486,9 +486,9 @@ def test_what_does_not_fit_says_why(options, message):
     ("build", "message"),
     [
         (lambda: sub_batch(0.0), "fraction must be > 0"),
-        (lambda: sub_batch(1.5), "fraction must be <= 1"),
+        (lambda: sub_batch(1.5), "fraction must be > 0 and <= 1"),
         (lambda: largest_increase(-0.5), "gamma must be > 0"),
-        (lambda: largest_increase(2.0), "gamma must be <= 1"),
+        (lambda: largest_increase(2.0), "gamma must be > 0 and <= 1"),
         (lambda: k_sam(0), "k must be an integer >= 1"),
         (lambda: k_sam(0.5), "k must be an integer >= 1"),
     ],

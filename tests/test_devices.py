@@ -134,7 +134,16 @@ RANDOM = {
     "universal_sam": lambda: sam_optax.universal_sam(0.2, 1e-3, kind="frobenius"),
     "entropy_sgd": lambda: sam_optax.entropy_sgd(0.2, 0.1, steps=2, as_released=True),
 }
-SLOW = ("random_sam", "rst", "esam", "rsam", "lpf_sgd", "universal_sam", "entropy_sgd")
+SLOW = (
+    "random_sam",
+    "rst",
+    "esam",
+    "tsam",
+    "rsam",
+    "lpf_sgd",
+    "universal_sam",
+    "entropy_sgd",
+)
 
 
 @pytest.mark.parametrize(

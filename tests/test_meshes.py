@@ -68,9 +68,18 @@ def test_state_comes_out_with_the_shardings_it_went_in_with(layout, per_group):
     assert_like_one_device([trained], per_group, KINDS)
 
 
-def updates_of_all_methods():
+one_of_each_kind_or_all = pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(KINDS, id="kinds"),
+        pytest.param(ALL, id="all", marks=pytest.mark.slow),
+    ],
+)
+
+
+def updates_of(names):
     """(init, update), with a gradient that is a function of every entry alone."""
-    optimizers = {name: table.make_optimizer(name)[1] for name in ALL}
+    optimizers = {name: table.make_optimizer(name)[1] for name in names}
 
     def init(params):
         return {name: tx.init(params) for name, tx in optimizers.items()}
@@ -87,15 +96,16 @@ def updates_of_all_methods():
     return init, update
 
 
-def test_no_parameter_is_gathered():
-    """Of all methods' own arithmetic, only numbers leave a device, never arrays."""
+@one_of_each_kind_or_all
+def test_no_parameter_is_gathered(names):
+    """Of the methods' own arithmetic, only numbers leave a device, never arrays."""
     mesh = table.make_mesh(data=table.DEVICES)
     size = 4096
     params = {
         "a": jax.device_put(jnp.ones((size, 2)), NamedSharding(mesh, P("data"))),
         "b": jax.device_put(jnp.ones(size), NamedSharding(mesh, P("data"))),
     }
-    init, update = updates_of_all_methods()
+    init, update = updates_of(names)
     compiled = jax.jit(update).lower(init(params), params).compile()
     text = compiled.as_text()
     assert "all-reduce" in text
@@ -104,7 +114,7 @@ def test_no_parameter_is_gathered():
     # A few shards of temporaries for each method, where one gathered tree is DEVICES.
     shard = 3 * size * 8 / table.DEVICES
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 2 * len(ALL) * shard
+    assert temporary < 2 * len(names) * shard
 
 
 # --- A mesh of explicit axes.
@@ -182,9 +192,10 @@ def test_data_rules_on_a_mesh_of_explicit_axes(rule):
     assert_trees_close(jax.device_get(actual), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_parameters_sharded_over_explicit_axes():
+@one_of_each_kind_or_all
+def test_parameters_sharded_over_explicit_axes(names):
     """Every method gives the same updates and state, and keeps their layout."""
-    init, update = updates_of_all_methods()
+    init, update = updates_of(names)
     update = jax.jit(update)
     params = {"a": jnp.arange(16.0).reshape(8, 2), "b": jnp.arange(4.0)}
     expected = update(init(params), params)
