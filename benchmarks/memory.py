@@ -348,6 +348,9 @@ def door2(loss_fn: Any, sam: Any) -> Step:
     return Step(step, tx)
 
 
+DOORS = {"": door1, ", door 2": door2}  # by what follows the name of a method
+
+
 def in_micro_batches(loss_fn: Any) -> Any:
     """The same loss, one micro-batch after the other, in the memory of one."""
 
@@ -403,8 +406,8 @@ def make_steps(setting: Setting) -> dict[str, Callable[[], Step]]:
         "sam, adapters": lambda: on_adapters(door1(adapter_loss, sam(RHO))),
     }
     for name, method in sam_optax.METHODS.items():
-        for label, door in ((name, door1), (f"{name}, door 2", door2)):
-            steps[label] = functools.partial(
+        for label, door in DOORS.items():
+            steps[f"{name}{label}"] = functools.partial(
                 lambda door, make: door(loss_fn, make()), door, method.make
             )
     return steps
@@ -707,7 +710,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="dtype to compute in; parameters are float32 (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", nargs="+", metavar="STEP", help="only these (default: all)"
+        "--steps",
+        nargs="+",
+        metavar="STEP",
+        help="only these; `methods` are all methods through both doors (default: all)",
     )
     parser.add_argument(
         "--full",
@@ -723,6 +729,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     known = make_steps(Setting("tiny", 1, "FSDP"))
+    if "methods" in (args.steps or ()):
+        place = args.steps.index("methods")
+        names = [f"{name}{door}" for name in sam_optax.METHODS for door in DOORS]
+        args.steps[place : place + 1] = names
     unknown = set(args.steps or ()) - set(known)
     if unknown:
         parser.error(f"there is no step {sorted(unknown)[0]!r}; there are {[*known]}.")

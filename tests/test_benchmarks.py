@@ -267,6 +267,13 @@ backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"step":"1"}}
     assert found == {"all-gather": [3, 3 * 8 * 4 * 4], "all-reduce": [1, 4 * 2 + 40]}
 
 
+def test_methods_stand_for_all_methods_through_both_doors(memory):
+    steps = memory.parse_args(["--steps", "AdamW", "methods"]).steps
+    assert steps[:3] == ["AdamW", "sam", "sam, door 2"]
+    assert len(steps) == 1 + 2 * len(sam_optax.METHODS)
+    assert set(steps) <= set(memory.make_steps(memory.Setting("tiny", 1, "FSDP")))
+
+
 def test_an_unknown_step_is_refused(memory, capsys):
     with pytest.raises(SystemExit):
         memory.main(["--steps", "adam"])
