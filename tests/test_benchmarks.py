@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import sam_optax
+
 # Passes over the parameters beyond those of SAM, as XLA compiles them for a CPU.
 # From jax 0.12 on, it writes gᵃ − g before it takes GSAM's inner product with it.
 GSAM = 7 if jax.__version_info__ >= (0, 12) else 4
