@@ -32,7 +32,8 @@ def test_the_readme_is_short_and_its_commands_stay():
     assert len(lines) <= 150
     start = "python3 -m venv .venv && .venv/bin/pip install"
     assert f'{start} ".[examples]" && .venv/bin/python examples/digits.py' in lines
-    assert f'{start} ".[tests]" && .venv/bin/python -m pytest -n 2' in lines
+    test = ".venv/bin/python -m pytest -n 2 --dist loadfile"
+    assert f'{start} ".[tests]" && {test}' in lines
 
 
 def test_links_to_the_projects_own_pages_are_those_of_its_metadata():
