@@ -321,17 +321,27 @@ class SmallResNet(Experiment):
 
 
 def draw_points(title: str, groups: dict[str, Runs], key: str, unit: float, axes):
-    """Mean and standard error of each method, with its name beside it."""
+    """Mean and standard error of each method; those that lie together share a label."""
+    labels: dict[tuple[float, float], list[str]] = {}
     for name, group in groups.items():
         accuracy, cost = group.column("test"), np.mean(group.column(key)) / unit
         error = np.std(accuracy) / max(len(accuracy) - 1, 1) ** 0.5
-        colour = "tab:blue" if "msam" in name else "black" if name in FIRST else "0.5"
-        axes.errorbar(cost, np.mean(accuracy), error, color=colour, marker="o", ms=4)
-        place = (cost, np.mean(accuracy))
-        offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(name, place, **offset, color=colour, fontsize=6)
+        mean = float(np.mean(accuracy))
+        colour = colour_of(name)
+        axes.errorbar(cost, mean, error, color=colour, marker="o", ms=4)
+        near = [p for p in labels if abs(p[0] - cost) < 0.2 and abs(p[1] - mean) < 0.7]
+        labels.setdefault(near[0] if near else (cost, mean), []).append(name)
+    for place, names in labels.items():
+        offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        style = {"color": colour_of(names[0]), "fontsize": 6}
+        axes.annotate("\n".join(names), place, **offset, **style)
     axes.set(title=title, xlabel=f"{key}, of those of SGD", ylabel="test (%)")
     axes.set_xlim(0.5, 3)
+    axes.margins(y=0.15)
+
+
+def colour_of(name: str) -> str:
+    return "tab:blue" if "msam" in name else "black" if name in FIRST else "0.5"
 
 
 if __name__ == "__main__":
