@@ -141,9 +141,8 @@ def drop_and_grow(
     check_number("drop", drop, at_least=0, at_most=1)
 
     def renew(key, step, mask, scores, count):
-        exchanged = _number_exchanged(
-            value_at(drop, step), count, _tree.size(mask) - count
-        )
+        others = max(_tree.size(mask) - count, 0)  # a tree can be empty
+        exchanged = _number_exchanged(value_at(drop, step), count, others)
         stays = _keep_largest(scores, Count.of(count).minus(exchanged), among=mask)
         outside = jax.tree.map(jnp.logical_not, mask)
         chance = _tree.uniform_like(key, scores)
