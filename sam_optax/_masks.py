@@ -125,40 +125,10 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
         state: Any = inner(lambda tree: resolve_mask(mask, tree)).init(params)
         return state.inner_state
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        grad_fn=None,
-        descent_grad_fn=None,
-        value_and_grad_fn=None,
-        **extra,
-    ):
+    def update_fn(updates, state, params=None, **extra_args):
         require_params(params, "An ascent with a mask")
         tree = resolve_mask(mask, params)
-        extra_args = dict(extra)
-        gradients = {"grad_fn": grad_fn, "descent_grad_fn": descent_grad_fn}
-        # Each function once: an ascent may ask whether both are the same.
-        restricted = {
-            function: _on_masked_params(
-                function, tree, params, lambda g: masked(tree, g)
-            )
-            for function in gradients.values()
-            if function is not None
-        }
-        extra_args |= {
-            name: restricted[function]
-            for name, function in gradients.items()
-            if function is not None
-        }
-        if value_and_grad_fn is not None:
-            extra_args["value_and_grad_fn"] = _on_masked_params(
-                value_and_grad_fn,
-                tree,
-                params,
-                lambda there: (there[0], masked(tree, there[1])),
-            )
+        extra_args |= _functions_of_masked_params(extra_args, tree, params)
         masked_state: Any
         perturbation, masked_state = inner(tree).update(
             updates, optax.MaskedState(state), params, **extra_args
@@ -187,18 +157,39 @@ def masked(tree: Any, values: Any) -> Any:
     return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), tree, values)
 
 
-def _on_masked_params(
-    function: Callable[[Any], Any],
-    tree: Any,
-    params: Any,
-    mask_result: Callable[[Any], Any],
-) -> Callable[[Any], Any]:
-    """For a masked ascent: a function of a point, the other leaves as in params."""
+def _functions_of_masked_params(
+    extra_args: dict[str, Any], tree: Any, params: Any
+) -> dict[str, Callable[[Any], Any]]:
+    """The functions of a point that an ascent may call, for one that sees a mask.
 
-    def masked_function(masked_params):
-        point = jax.tree.map(
-            lambda keep, q, w: q if keep else w, tree, masked_params, params
-        )
-        return mask_result(function(point))
+    They take and return masked trees. The other leaves of the point are as in params.
+    """
 
-    return masked_function
+    def mask_gradient(gradient):
+        return masked(tree, gradient)
+
+    def mask_value_and_gradient(there):
+        return there[0], masked(tree, there[1])
+
+    def on_masked_params(function, mask_result):
+        def masked_function(masked_params):
+            point = jax.tree.map(
+                lambda keep, q, w: q if keep else w, tree, masked_params, params
+            )
+            return mask_result(function(point))
+
+        return masked_function
+
+    results = {
+        "grad_fn": mask_gradient,
+        "descent_grad_fn": mask_gradient,
+        "value_and_grad_fn": mask_value_and_gradient,
+    }
+    made, functions = {}, {}
+    for name, mask_result in results.items():
+        function = extra_args.get(name)
+        if function is not None:
+            # Each function once: an ascent may ask whether two are the same.
+            own = made.setdefault(function, on_masked_params(function, mask_result))
+            functions[name] = own
+    return functions

@@ -1,10 +1,7 @@
 """What the axes of a method are made of: `Ascent`, `Descent` and `Cadence`."""
 
-import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +20,7 @@ class Ascent(optax.GradientTransformationExtraArgs):
 
     As an Optax transformation, an `Ascent` can be wrapped and copied like any other.
     The result is then a plain transformation: the guard of `sharpness_aware` looks for
-    itself whether g is finite, and an ascent that follows d is refused.
+    itself whether g is finite, and an ascent that follows d is refused when it runs.
 
     Attributes:
       climb: (g, state, params, **extra_args) -> (ε, state, finite), where finite is a
@@ -57,15 +54,8 @@ class Ascent(optax.GradientTransformationExtraArgs):
 
         ascent = cls(init, update_fn)
         ascent.climb = climb
-        ascent._mark(follow, uses_gradient)
+        ascent.follow, ascent.uses_gradient = follow, uses_gradient
         return ascent
-
-    def _mark(self, follow: Follow | None, uses_gradient: bool) -> None:
-        self.follow, self.uses_gradient = follow, uses_gradient
-        if follow is not None:
-            # So that it can be seen if a wrapper has kept the update alone.
-            update: Any = self.update
-            update.follows_d = True
 
 
 def reading_gradient(part: optax.GradientTransformation) -> Ascent:
@@ -130,7 +120,6 @@ def following(
         uses_gradient = uses_gradient and inner.uses_gradient
         both = _one_after_another(inner.follow, follow)
 
-    # A function of its own, so that the mark does not show on the inner one.
     def update_fn(updates, state, params=None, **extra_args):
         _note(both)
         return inner.update(updates, state, params, **extra_args)
@@ -138,7 +127,7 @@ def following(
     outer = Ascent(inner.init, update_fn)
     if isinstance(inner, Ascent):
         outer.climb = inner.climb
-    outer._mark(both, uses_gradient)
+    outer.follow, outer.uses_gradient = both, uses_gradient
     return outer
 
 
@@ -148,31 +137,16 @@ def _one_after_another(first: Follow | None, second: Follow | None) -> Follow | 
     return lambda d, state, params: second(d, first(d, state, params), params)
 
 
-# The ascents that follow d and whose update has run, while somebody wants to know.
-_ran: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
-    "ran", default=None
+# Of a part that runs in `climb`: the functions of ascents in it that follow d.
+_followers: contextvars.ContextVar[list[Follow] | None] = contextvars.ContextVar(
+    "followers", default=None
 )
 
 
 def _note(follow: Follow | None) -> None:
-    ran = _ran.get()
-    if follow is not None and ran is not None:
-        ran.append(follow)
-
-
-def climb_and_check(
-    ascent: optax.GradientTransformation, *arguments: Any
-) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
-    """`climb` of a whole ascent; an error if a part of it follows d in vain."""
-    ran: list[Any] = []
-    token = _ran.set(ran)
-    try:
-        result = climb(ascent, *arguments)
-    finally:
-        _ran.reset(token)
-    if ran and not follows(ascent):
-        raise ValueError(_NOT_HANDED_ON)
-    return result
+    followers = _followers.get()
+    if follow is not None and followers is not None:
+        followers.append(follow)
 
 
 def climb(
@@ -182,11 +156,30 @@ def climb(
     params: optax.Params | None,
     extra_args: Mapping[str, Any],
 ) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
-    """(ε, state, finite) of any ascent; a plain transformation knows nothing of g."""
+    """(ε, state, finite) of any ascent; a plain transformation knows nothing of g.
+
+    Raises a ValueError for a transformation that does not follow d, if an ascent in it
+    would: it has been wrapped in something that keeps nothing but its update.
+    """
     if isinstance(ascent, Ascent) and ascent.climb is not None:
         return ascent.climb(g, state, params, **extra_args)
     update = optax.with_extra_args_support(ascent).update
-    return *update(g, state, params, **extra_args), None
+    followers: list[Follow] = []
+    token = _followers.set(followers)
+    try:
+        perturbation, state = update(g, state, params, **extra_args)
+    finally:
+        _followers.reset(token)
+    if followers and not follows(ascent):
+        raise ValueError(
+            "A part of the ascent follows d, as the momentum of msam does, and is "
+            "wrapped in something that does not hand d on to it, such as optax.chain, "
+            "optax.masked or optax.inject_hyperparams. Combine the parts of an ascent "
+            "with ascents.chain, pass a mask as mask= to sharpness_aware, and inject "
+            "hyperparameters into the whole method: "
+            "optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
+        )
+    return perturbation, state, None
 
 
 def follow(
@@ -201,42 +194,9 @@ def follow(
     return state
 
 
-_NOT_HANDED_ON = (
-    "A part of the ascent follows d, as the momentum of msam does, and is wrapped in "
-    "something that does not hand d on to it, such as optax.chain, optax.masked or "
-    "optax.inject_hyperparams. Combine the parts of an ascent with ascents.chain, pass "
-    "a mask as mask= to sharpness_aware, and inject hyperparameters into the whole "
-    "method: optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
-)
-
-
 def follows(ascent: optax.GradientTransformation) -> bool:
-    """Whether an ascent learns d; an error if it did before it was wrapped."""
-    if isinstance(ascent, Ascent) and ascent.follow is not None:
-        return True
-    if _hides_follow(ascent.update, set()):
-        raise ValueError(_NOT_HANDED_ON)
-    return False
-
-
-def _hides_follow(value: Any, seen: set[int]) -> bool:
-    """Whether a function that follows d is among what an update has closed over."""
-    if id(value) in seen:
-        return False
-    seen.add(id(value))
-    if isinstance(value, (tuple, list)):
-        return any(_hides_follow(part, seen) for part in value)
-    if isinstance(value, functools.partial):
-        return _hides_follow((value.func, value.args), seen)
-    if not isinstance(value, FunctionType):
-        return False
-    if getattr(value, "follows_d", False):
-        return True
-    contents = []
-    for cell in value.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
-            contents.append(cell.cell_contents)
-    return _hides_follow(contents, seen)
+    """Whether an ascent learns d."""
+    return isinstance(ascent, Ascent) and ascent.follow is not None
 
 
 def uses_gradient(ascent: optax.GradientTransformation) -> bool:
@@ -261,7 +221,7 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
     """
     for part in parts:
         check_transformation("Each part of a chain", part)
-    has_follow = any([follows(part) for part in parts])
+    has_follow = any(map(follows, parts))
     keeps_g, reads_g = all(map(uses_gradient, parts)), any(map(_reads_gradient, parts))
 
     def init_fn(params: optax.Params) -> optax.OptState:

@@ -1,5 +1,7 @@
 """Ascents that follow the steps, and steps that take one gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -346,12 +348,22 @@ def test_follow_sees_the_parameters_and_a_masked_tree_of_each():
         lambda part: optax.masked(part, {"x": True, "y": False}),
         lambda part: ascents.chain(optax.chain(part), ascents.scale_by_rho(0.1)),
         lambda part: ascents.by_label({"a": optax.chain(part)}, "a"),
+        lambda part: ascents.by_label(
+            {"a": part, "b": optax.chain(part)}, {"x": "a", "y": "b"}
+        ),
+        lambda part: ascents.chain(part, optax.chain(part)),
+        lambda part: ascents.with_state_dtype(optax.chain(part)),
+        lambda part: ascents.ascend_repeatedly(optax.chain(ascents.sam(), part), 2),
+        lambda part: functools.reduce(lambda inner, _: optax.chain(inner), "xyz", part),
     ],
 )
 def test_a_wrapper_that_would_not_hand_d_on_is_refused(wrap):
+    w = split(W)
     for part in (ascents.against_momentum(), ascents.msam(), last_step()):
+        sam = sam_optax.sharpness_aware(wrap(part))
+        state = sam.init(w)
         with pytest.raises(ValueError, match="does not hand d on"):
-            sam_optax.sharpness_aware(wrap(part))
+            sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
 
 
 def test_labels_and_schedules_hand_d_on():

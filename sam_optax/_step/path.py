@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._parts import Descent, climb_and_check, uses_gradient
+from sam_optax._parts import Descent, climb, uses_gradient
 from sam_optax._rounding import Rounding
 from sam_optax._step.inputs import UNKNOWN, Choice, Pass, as_choice
 from sam_optax._step.report import AtPerturbed, unknown
@@ -51,9 +51,7 @@ class Path:
         extra_args |= {"ascent_gradient": g, "descent_grad_fn": descent_grad_fn}
         if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
             extra_args |= self.descent.for_ascent(self.state.descent_state)
-        return climb_and_check(
-            self.ascent, g, self.state.ascent_state, self.params, extra_args
-        )
+        return climb(self.ascent, g, self.state.ascent_state, self.params, extra_args)
 
     def evaluate(
         self, passes: Choice, perturbation: optax.Updates, group: Any = None

@@ -130,11 +130,10 @@ def sharpness_aware(
     Raises:
       ValueError: from init, if the transformation is inside of `optax.masked` or
         `optax.partition`, or if the mask is False for every parameter; from update, if
-        params or grad_fn is missing, or grad_fn returns something that is not a
-        gradient.
-        When building, if the descent compares gᵃ with g, and the ascent makes no use of
-        g; or if a part of the ascent follows d, and what it is wrapped in does not hand
-        d on.
+        params or grad_fn is missing, if grad_fn returns something that is not a
+        gradient, or if a part of the ascent follows d, and what it is wrapped in does
+        not hand d on; when building, if the descent compares gᵃ with g, and the ascent
+        makes no use of g.
       TypeError: if ascent or descent is a whole SAM transformation.
 
     Warns:

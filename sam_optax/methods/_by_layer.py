@@ -13,7 +13,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask, check_mask, masks_leaves, resolve_mask, restrict
-from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
+from sam_optax._parts import Ascent, climb, follow, following, follows, uses_gradient
 
 Labels = Any  # a tree of labels, or a function of the parameters that returns one
 
@@ -253,8 +253,8 @@ def by_label(
         require_params(params, "by_label")
         perturbations, states = {}, {}
         for label, part in restricted.items():
-            perturbations[label], states[label] = part.update(
-                updates, state.label_states[label], params, **extra_args
+            perturbations[label], states[label], _ = climb(
+                part, updates, state.label_states[label], params, extra_args
             )
         order = list(ascents)
         perturbation = jax.tree.map(
@@ -274,6 +274,6 @@ def by_label(
 
     return following(
         optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        follow_fn if any([follows(part) for part in restricted.values()]) else None,
+        follow_fn if any(map(follows, restricted.values())) else None,
         uses_gradient=any(uses_gradient(part) for part in restricted.values()),
     )

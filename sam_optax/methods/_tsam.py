@@ -52,7 +52,7 @@ def tilt(
         missing.
     """
     check_number("tilt", tilt)
-    if any([follows(ascent) for ascent in others]):
+    if any(map(follows, others)):
         raise ValueError(
             "tilt= takes the gradients at the points of other ascents within a step, "
             "and one of them learns from d, which is known only after it."
