@@ -282,6 +282,13 @@ def test_an_unknown_step_is_refused(memory, capsys):
     assert "there is no step 'adam'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--devices", "8", "4"], ["--full"]])
+def test_a_tpu_has_the_meshes_whose_topology_is_known(memory, capsys, argv):
+    with pytest.raises(SystemExit):
+        memory.main(["--target", "TPU", *argv])
+    assert "--target TPU goes with --devices [8, 64, 256]" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_step_of_sam_sends_what_two_plain_ones_send(memory, tmp_path):
     steps = ["AdamW", "SAM by hand", "sam", "fsam, door 2", "sam, micro-batches"]
