@@ -766,9 +766,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.target == "TPU":
         if args.full or not set(args.devices) <= set(TPU_TOPOLOGIES):
-            parser.error(
-                f"--target TPU goes with --devices {[*TPU_TOPOLOGIES]}, not with --full."
-            )
+            known = [*TPU_TOPOLOGIES]
+            parser.error(f"--target TPU goes with --devices {known}, not with --full.")
         if not importlib.util.find_spec("libtpu"):
             parser.error("--target TPU needs libtpu: pip install libtpu")
     known = make_steps(Setting("tiny", 1, "FSDP"))

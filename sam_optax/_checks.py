@@ -65,7 +65,8 @@ def check_transformation(name: str, value: Any) -> None:
 
 def check_constant(name: str, value: Any, **bounds: float) -> None:
     """`check_number` for an argument that cannot follow a schedule."""
-    if callable(value):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and (callable(value) or not hasattr(value, "dtype")):
         raise TypeError(
             f"{name} must be a number or a scalar array, and cannot be a schedule; got "
             f"{value!r}."

@@ -24,6 +24,8 @@ class KeyStream(NamedTuple):
 def typed_key(key: Key) -> jax.Array:
     """A single typed key from an int, a typed key or a legacy uint32 key."""
     _check_type(key)
+    if isinstance(key, int):
+        return jax.random.key(key)
     typed = jnp.asarray(key)
     if jnp.issubdtype(typed.dtype, jnp.integer):
         typed = jax.random.wrap_key_data(typed) if typed.ndim else jax.random.key(typed)

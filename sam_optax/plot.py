@@ -137,9 +137,9 @@ def surfaces(
     Returns:
       An array of axes, shape (solutions,). A cross marks the parameters. On the
       logarithmic scale, losses above a limit share the last colour, so that one high
-      corner does not hide the rest. The limit is 1000 times the smallest positive loss
-      of a panel (or times 1, if that is less), for the panel where this is highest; but
-      at least 1000 times the smallest positive loss of all panels.
+      corner does not hide the rest. Take the smallest positive loss of each panel, and
+      of these the largest. The limit is 1000 times that, or 1000 if it is above 1; but
+      it is always 1000 times the smallest positive loss at least.
 
     Raises:
       ValueError: if the dict is empty, there are too few axes, or a surface has no
@@ -316,12 +316,13 @@ def _panels(axes: Any, count: int, size: tuple[float, float]) -> Any:
 
 def _levels(losses: list[np.ndarray], count: int) -> tuple[np.ndarray, Normalize]:
     """The edges between colours, and the scale on which they are evenly spaced."""
-    known = [x[np.isfinite(x)] for x in losses]
+    known = [x[np.isfinite(x)].astype(np.float64) for x in losses]
     if not all(x.size for x in known):
         raise ValueError("A surface holds no finite loss.")
     lowest, highest = min(x.min() for x in known), max(x.max() for x in known)
     if lowest < 0 or highest == 0:
-        edges = np.linspace(lowest, max(highest, lowest + 1e-9), count + 1)
+        margin = 1e-9 * max(1, abs(lowest))
+        edges = np.linspace(lowest, max(highest, lowest + margin), count + 1)
         return edges, Normalize(edges[0], edges[-1])
     # A corner with huge losses, or a loss of exactly zero, must not stretch the scale
     # until the minima cannot be told apart.

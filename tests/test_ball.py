@@ -233,6 +233,37 @@ def test_measures_in_a_ball_do_not_depend_on_how_the_data_are_cut(batches):
         )
 
 
+@pytest.mark.parametrize("batches", [8, 20, "streamed"])
+def test_random_starts_of_groups_do_not_depend_on_how_the_data_are_cut(batches):
+    """At a minimum, where all depends on them."""
+    _, (data, _) = network()
+    source = in_batches((data,), 8) if batches == "streamed" else data
+    batch_size = None if batches == "streamed" else batches
+    w = jnp.zeros(data.shape[1])
+    worst = functools.partial(
+        sharpness.worst_case, bowl, w, rho=0.3, steps=1, restarts=2, m=4
+    )
+    expected = worst(data)
+    assert_trees_close(worst(source, batch_size=batch_size), expected, rtol=1e-9)
+    assert worst(data, key=1).sharpness != expected.sharpness
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_worst_case_with_nan_on_the_way_is_nan(restarts):
+    """And not 0, or the highest of what else was seen."""
+
+    def root(w, x):  # its gradient at 0 is NaN
+        return jnp.sqrt(jnp.sum(w**2)) * x.mean()
+
+    def logarithm(w, x):
+        return -jnp.log(w).sum() * x.mean()
+
+    for loss, w in ((root, jnp.zeros(2)), (logarithm, jnp.array([0.05, 1.0]))):
+        worst = sharpness.worst_case(loss, w, jnp.ones(3), rho=0.1, restarts=restarts)
+        assert np.isnan(worst.sharpness) and np.isnan(worst.perturbed_loss)
+        assert np.isfinite(worst.loss)
+
+
 def test_the_surrogate_gap_is_that_of_a_training_step():
     params, data = network()
     for make, adaptive in ((sam_optax.sam, False), (sam_optax.asam, True)):

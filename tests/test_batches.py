@@ -1,5 +1,7 @@
 """Means over batches, by group, and streams: which examples are seen, and when."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,57 @@ def test_each_group_has_a_key_of_its_own(batch_size):
     assert not run(0) & run(1)
 
 
+def test_the_key_of_a_group_does_not_depend_on_the_batch():
+    """It is that of its number, also in a stream with a short last batch."""
+
+    def keys_of(data, batch_size):
+        found = {}
+
+        def note(x, key):
+            found[float(x[0])] = tuple(map(int, key))
+
+        def function(key, x):
+            jax.debug.callback(note, x, jax.random.key_data(key))
+            return x.mean()
+
+        _batches.mean_over_groups(function, data, batch_size, 2, jax.random.key(0))
+        jax.effects_barrier()
+        return found
+
+    numbers = rows()[:, 0]
+    expected = {
+        2.0 * i: tuple(map(int, jax.random.key_data(key)))
+        for i in range(6)
+        for key in [jax.random.fold_in(jax.random.key(0), i)]
+    }
+    for batch_size in (None, 4, 6, 8, 12):
+        assert keys_of((numbers,), batch_size) == expected
+    for size in (4, 8):
+        assert keys_of(streamed(numbers, size), None) == expected
+
+
+@pytest.mark.parametrize("batches", [1000, 20_000])
+def test_a_mean_over_many_batches_is_as_exact_as_over_one(batches):
+    """A plain sum in float32 would be wrong in the second digit of this gap."""
+    x = np.random.default_rng(0).uniform(0.9, 1.1, batches).astype(np.float32)
+
+    def loss(w, x):
+        return 2.305 + jnp.mean((w - x) ** 2) / 100
+
+    gap = sharpness.surrogate_gap(loss, jnp.float32(1), x, rho=0.3, batch_size=1)
+    away = 1 - x.astype(np.float64)
+    slope = 2 * away.mean()
+    assert float(gap.loss) == pytest.approx(2.305 + np.mean(away**2) / 100, abs=4e-7)
+    rise = (0.3 * abs(slope) + 0.3**2) / 100
+    assert float(gap.sharpness) == pytest.approx(rise, abs=6e-7)
+
+
+def test_an_infinite_loss_stays_infinite():
+    x = np.array([1.0, np.inf, 1.0, 2.0], np.float32)
+    mean = _batches.mean_over_batches(lambda i, x: x.mean(), (x,), 1)
+    assert mean == np.inf
+
+
 def test_half_precision_is_summed_in_float32_and_every_leaf_is_a_mean():
     x = jnp.ones(4096, jnp.float16)
 
@@ -188,6 +241,42 @@ def test_a_batch_that_cannot_be_read_is_nan_inside_of_a_jitted_function():
     jax.effects_barrier()
     assert np.isnan(norm)
     assert [0, 0] in seen
+
+
+def test_a_stream_of_integers_that_cannot_be_read_gives_nan_and_is_then_forgotten():
+    """Nothing in a batch of integers can be NaN, so the mean over it must be."""
+    good = np.ones((2, 1), np.int32)
+
+    def fail():
+        raise OSError("gone")
+
+    for items in ([good, fail, good], [good, fail, good[:1]]):
+        batches = Rows(items)
+        data = sharpness.stream(batches)
+        hessian = sharpness.hessian(lambda w, x: (w * x).mean() ** 2, 1.0, data)
+        gap = functools.partial(sharpness.surrogate_gap, rho=0.1)
+
+        def loss(w, x):
+            return (w * x).mean()
+
+        measured = jax.jit(lambda data: gap(loss, 1.0, data))(data)  # noqa: B023
+        assert np.isnan(measured.loss) and np.isnan(measured.perturbed_loss)
+        batches.items[1] = good
+        assert hessian(1.0) == 2  # and does not raise for the read that failed before
+
+
+def test_the_last_batch_of_a_stream_that_cannot_be_read():
+    def fail():
+        raise OSError("gone")
+
+    good = np.ones((2, 1), np.int32)
+    batches = Rows([good, good[:1]])
+    data = sharpness.stream(batches)
+    batches.items[1] = fail
+    measured = jax.jit(
+        lambda data: _batches.mean_over_batches(lambda i, x: x.mean(), data, None)
+    )(data)
+    assert np.isnan(measured)
 
 
 def test_a_stream_that_was_deleted():

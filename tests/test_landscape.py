@@ -83,6 +83,19 @@ def test_filters_and_directions_of_a_small_kernel():
     assert np.any(other["kernel"] != v["kernel"])
 
 
+def test_biases_of_convolutions_are_not_filters():
+    """Equinox gives them the axes of the image; Flax has no such biases."""
+    wide = 1.0 + jnp.arange(4.0).reshape(4, 1, 1)
+    params = {"weight": jnp.ones((4, 2, 3)), "bias": wide, "dense": jnp.ones((4, 1))}
+    v = sharpness.filter_normalized_direction(params, filter_axis=0)
+    np.testing.assert_array_equal(v["bias"], 0)
+    np.testing.assert_allclose(np.abs(v["dense"]), 1)
+    assert np.all(v["weight"] != 0)
+    last = {"kernel": wide.reshape(1, 1, 4)}
+    v = sharpness.filter_normalized_direction(last)["kernel"]
+    np.testing.assert_allclose(np.abs(v), last["kernel"], rtol=1e-6)
+
+
 def test_a_line_has_the_losses_of_its_points_in_its_dtype():
     def loss(w, x):
         return jnp.sum(w["a"] ** 2) * x.mean() + w["b"]

@@ -122,15 +122,16 @@ def test_the_colours_of_surfaces_end_where_the_docs_say(losses, lowest, highest)
 
 @pytest.mark.parametrize(
     ("losses", "lowest", "highest"),
-    [([-1.0, 3.0], -1, 3), ([-2.0, -2.0], -2, -2 + 1e-9), ([0.0, 0.0], 0, 1e-9)],
+    [([-1.0, 3.0], -1, 3), ([-2.0, -2.0], -2, -2 + 2e-9), ([0.0, 0.0], 0, 1e-9)],
 )
 def test_the_colours_of_surfaces_without_a_logarithm(losses, lowest, highest):
     edges, norm = plot._levels([np.array([*losses, np.inf])], 4)
     np.testing.assert_allclose(edges, np.linspace(lowest, highest, 5))
     assert not isinstance(norm, matplotlib.colors.LogNorm)
     assert (norm.vmin, norm.vmax) == (edges[0], edges[-1])
-    zeros = SURFACE._replace(losses=np.zeros_like(SURFACE.losses))
-    plot.surfaces(zeros)[0].figure.canvas.draw()
+    for constant in (0, -2):
+        flat = np.full_like(SURFACE.losses, constant, dtype=np.float32)
+        plot.surfaces(SURFACE._replace(losses=flat))[0].figure.canvas.draw()
 
 
 def test_panels_stand_in_rows_of_three():

@@ -108,6 +108,13 @@ def test_two_parts_of_one_key_draw_numbers_of_their_own():
         assert share == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(kept.size))
 
 
+@pytest.mark.parametrize("seed", [2**40, 2**31, -1, 3])
+def test_a_seed_may_be_any_integer_that_jax_takes(seed):
+    expected = jax.random.key_data(jax.random.key(seed))
+    found = jax.random.key_data(_random.typed_key(seed))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
 def test_a_key_keeps_its_kind(kind):
     stream = _random.key_stream(jax.random.key(3, impl=kind), "part")

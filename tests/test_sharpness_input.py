@@ -56,7 +56,7 @@ BAD = {
     ),
     "a scalar among the data": (
         lambda: sharpness.hessian(lose, W, (X, 0.1)),
-        "bind it with functools.partial",
+        "bind it with jax.tree_util.Partial",
     ),
     "no batches": (lambda: sharpness.stream([]), "no batches"),
     "an iterator": (
@@ -122,7 +122,19 @@ BAD = {
     ),
     "rho is a schedule": (
         lambda: sharpness.surrogate_gap(lose, W, X, rho=lambda step: 0.1),
-        "no step for a schedule",
+        "rho must be a number or a scalar array, and cannot be a schedule",
+    ),
+    "rho is text": (
+        lambda: sharpness.surrogate_gap(lose, W, X, rho="0.1"),
+        "rho must be a number or a scalar array, .*got '0.1'",
+    ),
+    "step_size is an array below zero": (
+        lambda: sharpness.worst_case(lose, W, X, rho=0.1, step_size=jnp.float32(-1)),
+        "step_size must be >= 0 and finite, got -1.0",
+    ),
+    "step_size is a schedule": (
+        lambda: sharpness.worst_case(lose, W, X, rho=0.1, step_size=lambda t: 1.0),
+        "step_size must be a number or a scalar array, and cannot be a schedule",
     ),
     "rho is a bool": (
         lambda: sharpness.surrogate_gap(lose, W, X, rho=True),
@@ -201,7 +213,22 @@ BAD = {
     ),
     "direction of another shape": (
         lambda: sharpness.along_line(lose, W, X, np.ones(3), [0.0]),
-        r"direction must have the structure and shapes of the parameters, \(2,\), got",
+        r"direction must have the structure and shapes of the parameters, "
+        r"but it has shape \(3,\) in place of \(2,\)",
+    ),
+    "a complex vector": (
+        lambda: sharpness.hessian(lose, W, X)(1j * W),
+        "The vector must be real",
+    ),
+    "a plane that is a line": (
+        lambda: sharpness.over_plane(
+            lose, W, X, [sharpness.random_direction(W)] * 2, [0.0], [0.0]
+        ),
+        "Both directions lie on one line",
+    ),
+    "a plane that is a line, there and back": (
+        lambda: sharpness.over_plane(lose, W, X, [W, -2 * W], [0.0], [0.0]),
+        "Both directions lie on one line",
     ),
     "one direction": (
         lambda: sharpness.over_plane(lose, W, X, [W], [0.0], [0.0]),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from sam_optax import sharpness
@@ -83,6 +84,74 @@ def test_residuals_count_rounding():
     pairs = sharpness.eigenpairs(H, 3, which="smallest")
     distances = np.abs(np.asarray(pairs.values)[:, None] - diagonal).min(axis=1)
     assert np.all(distances <= pairs.residuals)
+
+
+def test_residuals_count_the_rounding_of_products():
+    """Of a least-squares problem of a few hundred parameters, in float32."""
+    x = np.random.default_rng(0).normal(size=(1000, 300)).astype(np.float32)
+    H = sharpness.hessian(
+        lambda w, x: jnp.mean((x @ w) ** 2) / 2, jnp.zeros(300, jnp.float32), x
+    )
+    pairs = sharpness.eigenpairs(H, 4, num_matvecs=150)
+    values = np.linalg.eigvalsh(x.T.astype(np.float64) @ x / len(x))
+    distances = np.abs(np.asarray(pairs.values)[:, None] - values).min(axis=1)
+    assert np.all(distances <= pairs.residuals)
+    assert np.all(np.asarray(pairs.residuals) < 1e-4)
+
+
+def test_lanczos_multiplies_with_all_digits_and_the_loss_as_it_is_written():
+    """GPUs and TPUs have fewer digits by default, and the basis needs them all."""
+    H = sharpness.hessian(
+        lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2),
+        jnp.ones(3, jnp.float32),
+        jnp.ones((5, 3), jnp.float32),
+    )
+
+    def precisions(function):
+        text = str(jax.make_jaxpr(function)(H))
+        products = text.count("dot_general[")
+        return products, text.count("precision=(Precision.HIGHEST")
+
+    in_loss, raised = precisions(lambda H: H(jnp.ones(3, jnp.float32)))
+    assert in_loss > 0 and raised == 0
+    for measure in (
+        lambda H: sharpness.eigenpairs(H, 1, num_matvecs=2),
+        lambda H: sharpness.spectral_density(H, num_matvecs=2),
+    ):
+        products, raised = precisions(measure)
+        # The loss is there for the scale and in the loop; all others are raised.
+        assert 0 < products - raised <= 3 * in_loss
+        assert raised > 0
+    with jax.default_matmul_precision("highest"):
+        products, raised = precisions(lambda H: sharpness.eigenpairs(H, 1))
+    assert products == raised
+
+
+class Node:
+    """A pytree that is equal to nothing but itself, as Flax's modules are."""
+
+    def __init__(self, w):
+        self.w = w
+
+
+jax.tree_util.register_pytree_node(
+    Node, lambda node: ((node.w,), None), lambda _, children: Node(*children)
+)
+
+
+@pytest.mark.parametrize("make", [Node, lambda w: nnx.Linear(2, 1, rngs=nnx.Rngs(0))])
+def test_parameters_may_be_a_node_that_cannot_be_compared(make):
+    w, x = make(jnp.ones((2, 1))), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+
+    def loss(w, x):
+        return jnp.mean((x @ jax.tree.leaves(w)[-1].reshape(2)) ** 2)
+
+    H = sharpness.hessian(loss, w, x)
+    assert sharpness.eigenpairs(H, 1).values[0] == pytest.approx(9.0, rel=1e-5)
+    assert sharpness.trace(H).mean == pytest.approx(10.0, rel=1e-5)
+    line = sharpness.along_line(loss, w, x, H(w), jnp.zeros(1))
+    interpolated = sharpness.interpolate(loss, w, w, x, jnp.zeros(1))
+    assert line.losses == interpolated.losses == pytest.approx(float(loss(w, x)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -10,9 +10,9 @@ from jax.core import Tracer
 
 from sam_optax import _sharding as sharding
 from sam_optax import _tree
-from sam_optax._checks import check_number, check_positive_integer
+from sam_optax._checks import check_constant, check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data, finish, mean_over_groups
+from sam_optax.sharpness._batches import check_data, mean_over_groups, measure
 from sam_optax.sharpness._checks import check_params
 from sam_optax.sharpness._estimate import (
     Estimate,
@@ -155,7 +155,9 @@ def surrogate_gap(
     Cost: one gradient and a forward pass over the data.
     """
     params, data = _check(params, data, rho, norm, m, batch_size)
-    gap = _surrogate_gap(
+    return measure(
+        data,
+        _surrogate_gap,
         Function(loss_fn),
         params,
         data,
@@ -165,7 +167,6 @@ def surrogate_gap(
         m=m,
         batch_size=batch_size,
     )
-    return finish(data, gap)
 
 
 def worst_case(
@@ -206,8 +207,8 @@ def worst_case(
         al. With one step, one restart and the default step size, the result is the
         `surrogate_gap`, or 0 if that is negative.
       restarts: how many times to start. The first start is w itself, which the ascent
-        cannot leave if the gradient there is zero; the others are random points of the
-        ball. Default 2.
+        cannot leave if the gradient there is zero; the others are random points, on the
+        surface of the ball for "l2", and anywhere in the cube for "linf". Default 2.
       step_size: α, the size of the first step in units of ρ. Default 1.
       norm: of the ball: "l2" (p = 2), or "linf" (p = ∞), where the ascent follows the
         sign of the gradient. Default "l2".
@@ -222,7 +223,8 @@ def worst_case(
 
     Returns:
       A `Sharpness`; its `sharpness` is at least 0. If ρ is 0, or no higher point was
-      found, ε is 0.
+      found, ε is 0. It is NaN if the loss or its gradient is NaN at a point that the
+      ascent visits.
 
     Raises:
       ValueError: if rho or step_size is negative, a count is not a positive integer,
@@ -255,9 +257,11 @@ def worst_case(
     """
     check_positive_integer("steps", steps)
     check_positive_integer("restarts", restarts)
-    check_number("step_size", step_size, at_least=0)
+    _check_at_least_zero("step_size", step_size)
     params, data = _check(params, data, rho, norm, m, batch_size)
-    worst = _worst_case(
+    return measure(
+        data,
+        _worst_case,
         Function(loss_fn),
         params,
         data,
@@ -271,7 +275,6 @@ def worst_case(
         m=m,
         batch_size=batch_size,
     )
-    return finish(data, worst)
 
 
 def average_case(
@@ -335,7 +338,9 @@ def average_case(
     """
     check_at_least_two("samples", samples)
     params, data = _check(params, data, rho, "l2", None, batch_size)
-    rise = _average_case(
+    return measure(
+        data,
+        _average_case,
         Function(loss_fn),
         params,
         data,
@@ -345,7 +350,6 @@ def average_case(
         adaptive=adaptive,
         batch_size=batch_size,
     )
-    return finish(data, rise)
 
 
 def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
@@ -354,7 +358,8 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
     .. math::
       \sigma_{max} \approx 2 h / \rho^2
 
-    This holds at a minimum and for small ρ, if h is the largest rise in the ball: use
+    This holds at a minimum and for small ρ, as long as h is well above the rounding of
+    the loss (in float32, 1e-7 of it), and if h is the largest rise in the ball: use
     `worst_case(...).sharpness`. The `surrogate_gap` there is too small, because SAM's
     single step does not find the direction of the largest rise. Away from a minimum, h
     also contains the rise along the gradient, ρ ‖∇L‖, and the estimate is too large.
@@ -380,7 +385,7 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
 
     Cost: no pass over the data.
     """
-    _check_radius(rho)
+    _check_at_least_zero("rho", rho)
     if not isinstance(rho, Tracer) and rho == 0:
         raise ValueError("rho must be > 0, got 0.")
     if hasattr(rho, "dtype") and isinstance(gap, jax.Array) and _tree.is_inexact(gap):
@@ -388,15 +393,13 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
     return 2 * gap / rho**2
 
 
-def _check_radius(rho: Any) -> None:
-    if callable(rho):
-        raise TypeError("rho must be a number: there is no step for a schedule here.")
-    is_known = hasattr(rho, "dtype") and not isinstance(rho, Tracer)
-    check_number("rho", float(rho) if is_known else rho, at_least=0)
+def _check_at_least_zero(name: str, value: Any) -> None:
+    is_known = hasattr(value, "dtype") and not isinstance(value, Tracer)
+    check_constant(name, float(value) if is_known else value, at_least=0)
 
 
 def _check(params, data, rho, norm, m, batch_size):
-    _check_radius(rho)
+    _check_at_least_zero("rho", rho)
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}.')
     return check_params(params), check_data(data, batch_size, m)
@@ -415,7 +418,7 @@ def _stretch_by(params: Any, adaptive: bool) -> Callable[[Any], Any]:
 def _surrogate_gap(loss_fn, params, data, rho, *, norm, adaptive, m, batch_size):
     ball = _Ball(norm, _stretch_by(params, adaptive), rho)
 
-    def measure(key, data, batch_size):
+    def gap(key, data, batch_size):
         del key
         loss, gradient = mean_loss_and_gradient(loss_fn, params, data, batch_size)
         perturbation = ball.stretch(ball.steepest(gradient))
@@ -423,7 +426,7 @@ def _surrogate_gap(loss_fn, params, data, rho, *, norm, adaptive, m, batch_size)
         perturbed_loss = mean_loss(loss_fn, point, data, batch_size)
         return Sharpness(loss, perturbed_loss, perturbed_loss - loss, perturbation)
 
-    return _over_groups(measure, data, batch_size, m, jax.random.key(0))
+    return _over_groups(gap, data, batch_size, m, jax.random.key(0))
 
 
 @functools.partial(
@@ -447,13 +450,13 @@ def _worst_case(
 ):
     ball = _Ball(norm, _stretch_by(params, adaptive), rho)
 
-    def measure(key, data, batch_size):
+    def search(key, data, batch_size):
         def at(delta, function):
             point = _tree.add_scaled(params, 1, ball.stretch(delta))
             return function(loss_fn, point, data, batch_size)
 
         def keep_higher(best, loss, delta):
-            is_higher = loss > best[0]
+            is_higher = (loss > best[0]) | jnp.isnan(loss)
             return jax.tree.map(
                 lambda new, old: jnp.where(is_higher, new, old), (loss, delta), best
             )
@@ -479,15 +482,15 @@ def _worst_case(
         best = jax.lax.fori_loop(0, restarts, restart, (loss, start))
         return Sharpness(loss, best[0], best[0] - loss, ball.stretch(best[1]))
 
-    return _over_groups(measure, data, batch_size, m, key)
+    return _over_groups(search, data, batch_size, m, key)
 
 
-def _over_groups(measure, data, batch_size, m, key) -> Sharpness:
-    """measure(key, data, batch_size) on all data, or its mean over groups of m."""
+def _over_groups(function, data, batch_size, m, key) -> Sharpness:
+    """function(key, data, batch_size) on all data, or its mean over groups of m."""
     if m is None:
-        return measure(key, data, batch_size)
+        return function(key, data, batch_size)
     return mean_over_groups(
-        lambda key, *group: measure(key, group, None)._replace(perturbation=None),
+        lambda key, *group: function(key, group, None)._replace(perturbation=None),
         data,
         batch_size,
         m,

@@ -52,8 +52,11 @@ class Stream:
         stream._source = None
         return stream
 
-    def fetch(self, index: Any, *, is_last: bool) -> tuple[Any, ...]:
-        """Reads a batch inside a compiled program, cast to the dtypes that JAX uses."""
+    def fetch(self, index: Any, *, is_last: bool) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Reads a batch inside a compiled program, cast to the dtypes that JAX uses.
+
+        Returns 1, or NaN if the batch cannot be read, and the batch.
+        """
         expected = self.last if is_last else self.first
         outline = jax.tree.map(
             lambda s: s.update(dtype=jax.dtypes.canonicalize_dtype(s.dtype)), expected
@@ -62,17 +65,18 @@ class Stream:
         # here, because each call reads by index.
         return jax.pure_callback(
             functools.partial(_read, expected, outline),
-            outline,
+            (jax.ShapeDtypeStruct((), jnp.float32), outline),
             self._number,
             index,
             vmap_method="sequential",
         )
 
-    def raise_error(self) -> None:
-        """Raises the first error that reading a batch has raised, if there is one."""
-        if self._source is not None and self._source.error is not None:
-            error, self._source.error = self._source.error, None
-            raise error
+    def take_error(self) -> Exception | None:
+        """The first error that reading a batch has raised since the last call."""
+        if self._source is None:
+            return None
+        error, self._source.error = self._source.error, None
+        return error
 
 
 class _Source:
@@ -93,10 +97,10 @@ _numbers = itertools.count()
 
 
 def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
-    """Reads a batch on the host. After an error, the batch is all NaN.
+    """Reads a batch on the host. After an error, it returns NaN and zeros.
 
     An error raised here would leave the other devices waiting for this one. So the
-    source keeps it, and `finish` raises it when the program has ended.
+    source keeps it, and `measure` raises it when the program has ended.
     """
     source = _sources.get(int(number))
     try:
@@ -112,24 +116,25 @@ def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
                 f"shapes and dtypes; batch {int(index)} has {_outline(batch)}, "
                 f"expected {expected}."
             )
-        return jax.tree.map(lambda x, s: x.astype(s.dtype), batch, outline)
+        batch = jax.tree.map(lambda x, s: x.astype(s.dtype), batch, outline)
+        return np.float32(1), batch
     except Exception as error:
         if source is None:
             raise
         source.error = source.error or error
-        return jax.tree.map(
-            lambda s: np.full(
-                s.shape, np.nan if np.issubdtype(s.dtype, np.inexact) else 0, s.dtype
-            ),
-            outline,
-        )
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), outline)
+        return np.float32(np.nan), zeros
 
 
-def finish(data: Any, result: Any) -> Any:
-    """Returns the result of a measure, or raises the error of reading its data."""
-    if isinstance(data, Stream):
-        result = jax.block_until_ready(result)
-        data.raise_error()
+def measure(data: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs), or the error of reading the data that it visits."""
+    if not isinstance(data, Stream):
+        return function(*args, **kwargs)
+    data.take_error()  # one that a jitted function of the user's has left
+    result = jax.block_until_ready(function(*args, **kwargs))
+    error = data.take_error()
+    if error is not None:
+        raise error
     return result
 
 
@@ -150,14 +155,14 @@ def stream(batches: Sequence[Any]) -> Stream:
         is one batch: the arguments of the loss after the parameters. All batches have
         the same shapes, except that the last may hold fewer examples. A measure can ask
         for the same index several times and must get the same batch each time, so do
-        not shuffle or augment at random.
+        not shuffle or augment at random. Reading runs inside of a compiled program, so
+        it must use NumPy and not JAX, which would wait for that program to end.
 
     Returns:
       A `Stream`, which every measure of this module takes as `data`. Each batch is
       fetched when it is needed and dropped afterwards, so the device holds one batch at
       a time. If a batch cannot be read, the measure raises the error. Inside a jitted
-      function of your own it cannot raise; there such a batch is NaN (and its integers
-      are 0).
+      function of your own it cannot raise; there its result is NaN.
 
     Raises:
       TypeError: if batches is not a sequence, for example an iterator, which can be
@@ -227,7 +232,7 @@ def example_count(data: Any) -> int:
         raise ValueError(
             "All arrays of the data must have the examples along their first axis, the "
             f"same number in each; their shapes are {shapes}. If an argument of the "
-            "loss holds no examples, bind it with functools.partial."
+            "loss holds no examples, bind it with jax.tree_util.Partial."
         )
     if shapes[0][0] == 0:
         raise ValueError(f"The data are empty: their shapes are {shapes}.")
@@ -248,7 +253,8 @@ def mean_over_batches(
 ) -> Any:
     """The mean of `function(index, *batch)` over batches, weighted by their sizes.
 
-    The function returns a tree of floats; the sum is in at least float32. If n batches
+    The function returns a tree of floats. The sum is in at least float32, and
+    compensated: it is as exact for many batches as for one. If n batches
     of equal size make up the data, each takes every n-th example, so that examples that
     are sharded over devices stay on their devices.
     """
@@ -258,11 +264,12 @@ def mean_over_batches(
         even = size == count * batch
         whole = count if even else count - 1
 
-        def visit(index):
-            return function(index, *data.fetch(index, is_last=False))
+        def read_and_visit(index, is_last):
+            valid, batch = data.fetch(index, is_last=is_last)
+            return _tree.scale(valid, function(index, *batch))
 
-        def visit_rest():
-            return function(whole, *data.fetch(whole, is_last=True))
+        visit = functools.partial(read_and_visit, is_last=False)
+        visit_rest = functools.partial(read_and_visit, whole, is_last=True)
 
     else:
         size = example_count(data)
@@ -282,12 +289,11 @@ def mean_over_batches(
         def visit_rest():
             return function(whole, *jax.tree.map(lambda x: x[whole * batch :], data))
 
-    mean = _tree.scale(1 / size, _sum(visit, whole, batch)) if whole else None
+    mean = _tree.scale(batch / size, _sum(visit, whole))
     if even:
         return mean
     last = _tree.at_least_float32(visit_rest())
-    last = _tree.scale((size - whole * batch) / size, last)
-    return last if mean is None else jax.tree.map(jnp.add, mean, last)
+    return _tree.add_scaled(mean, (size - whole * batch) / size, last)
 
 
 def mean_over_groups(
@@ -299,25 +305,32 @@ def mean_over_groups(
 ) -> Any:
     """The mean of `function(key, *group)` over groups of m consecutive examples.
 
-    The groups of a batch run together. If batch_size is None, the groups of arrays run
-    one after another; those of a stream still run a batch at a time.
+    The key of a group depends on its number among all groups, and not on the batch. The
+    groups of a batch run together. If batch_size is None, the groups of arrays run one
+    after another; those of a stream still run a batch at a time.
     """
 
     def split(x):
         return x.reshape(x.shape[0] // m, m, *x.shape[1:])
 
-    def visit(index, *groups):
-        keys = jax.random.split(jax.random.fold_in(key, index), example_count(groups))
+    def visit(index, numbers, *groups):
+        del index
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         keys = sharding.like_first_axis(keys, groups)
         return _tree.mean_of_groups(
             _tree.at_least_float32(jax.vmap(function)(keys, *groups))
         )
 
     if isinstance(data, Stream):
-        return mean_over_batches(
-            lambda index, *batch: visit(index, *jax.tree.map(split, batch)), data, None
-        )
-    groups = jax.tree.map(split, _divisible(data, example_count(data) // m))
+        before = example_count(data.first) // m  # groups in a batch
+
+        def visit_batch(index, *batch):
+            numbers = index * before + jnp.arange(example_count(batch) // m)
+            return visit(index, numbers, *jax.tree.map(split, batch))
+
+        return mean_over_batches(visit_batch, data, None)
+    count = example_count(data) // m
+    groups = jnp.arange(count), *jax.tree.map(split, _divisible(data, count))
     return mean_over_batches(visit, groups, (batch_size or m) // m)
 
 
@@ -339,18 +352,32 @@ def _consecutive(x: Any, index: Any, batch: int, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, index * batch, batch)
 
 
-def _sum(visit: Callable[[Any], Any], count: int, weight: float) -> Any:
-    """weight · (visit(0) + … + visit(count − 1)), in at least float32."""
+def _sum(visit: Callable[[Any], Any], count: int) -> Any:
+    """visit(0) + … + visit(count − 1), in at least float32.
 
-    def add(index, total):
-        return jax.tree.map(
-            lambda t, x: t + weight * x, total, _tree.at_least_float32(visit(index))
-        )
+    The sum is compensated (Kahan 1965). Measures are differences of such sums, and with
+    a thousand batches a plain sum would lose three of their seven digits.
+    """
+
+    def term(index):
+        return _tree.at_least_float32(visit(index))
+
+    def add(index, carry):
+        total, lost = carry
+        added = jax.tree.map(jnp.subtract, term(index), lost)
+        new = jax.tree.map(jnp.add, total, added)
+        lost = jax.tree.map(_lost, new, total, added)
+        return new, lost
 
     if count == 1:
-        return _tree.scale(weight, _tree.at_least_float32(visit(0)))
-    shapes = jax.eval_shape(lambda: _tree.at_least_float32(visit(jnp.int32(0))))
+        return term(0)
+    shapes = jax.eval_shape(lambda: term(jnp.int32(0)))
     start = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes
     )
-    return jax.lax.fori_loop(0, count, add, start)
+    return jax.lax.fori_loop(0, count, add, (start, start))[0]
+
+
+def _lost(new: jax.Array, total: jax.Array, added: jax.Array) -> jax.Array:
+    """What rounding has put into new = total + added; 0 where new is not finite."""
+    return jnp.where(jnp.isfinite(new), (new - total) - added, 0)

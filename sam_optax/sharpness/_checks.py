@@ -41,9 +41,9 @@ _all_finite = jax.jit(_tree.all_finite)
 
 
 def check_same_outline(name: str, tree: Any, params: Any) -> None:
-    shapes = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, params)
-    if shapes[0] != shapes[1]:
+    difference = _tree.mismatch(tree, params)
+    if difference is not None:
         raise ValueError(
-            f"{name} must have the structure and shapes of the parameters, "
-            f"{shapes[1]}, got {shapes[0]}."
+            f"{name} must have the structure and shapes of the parameters, but "
+            f"{difference}."
         )

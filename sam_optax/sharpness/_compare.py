@@ -49,8 +49,8 @@ def compare(
         the first eigenvalue. An `Estimate` is shown with its standard error.
 
     Returns:
-      A `Comparison`. Its `values` are plain floats, for example for
-      `pandas.DataFrame(comparison.values)`.
+      A `Comparison`. Its `values` are plain floats, or `Estimate`s where a measure
+      returns one. `pandas.DataFrame(comparison.values)` makes a table of them.
 
     Raises:
       ValueError: if there are no solutions or no measures.

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data, finish
+from sam_optax.sharpness._batches import check_data, measure
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
 from sam_optax.sharpness._printing import describe
@@ -97,10 +98,11 @@ def along_line(
     distances = _distances("distances", distances)
     params, data = check_params(params), check_data(data, batch_size)
     direction = _check_direction("direction", direction, params)
-    losses = _losses(
-        Function(loss_fn), params, data, (direction,), distances[:, None], batch_size
+    points = distances[:, None]
+    losses = measure(
+        data, _losses, Function(loss_fn), params, data, (direction,), points, batch_size
     )
-    return Line(distances, finish(data, losses))
+    return Line(distances, losses)
 
 
 def over_plane(
@@ -134,9 +136,10 @@ def over_plane(
       A `Surface`.
 
     Raises:
-      ValueError: if there are not two directions, one differs from the parameters in
-        structure or shapes, the data are empty, their arrays hold different numbers of
-        examples, or a parameter is not finite. Traced parameters are not checked.
+      ValueError: if there are not two directions, both lie on one line, one differs
+        from the parameters in structure or shapes, the data are empty, their arrays
+        hold different numbers of examples, or a parameter is not finite. Traced
+        parameters are not checked.
       TypeError: if the loss does not return a real scalar.
 
     Examples:
@@ -161,11 +164,14 @@ def over_plane(
         _check_direction("Each direction", direction, params)
         for direction in directions
     )
+    _check_span_a_plane(*directions)
     widest = _tree.widest(xs.dtype, ys.dtype)
     grid = jnp.meshgrid(xs.astype(widest), ys.astype(widest))
     points = jnp.stack(grid, axis=-1).reshape(-1, 2)
-    losses = _losses(Function(loss_fn), params, data, directions, points, batch_size)
-    return Surface(xs, ys, finish(data, losses).reshape(len(ys), len(xs)))
+    losses = measure(
+        data, _losses, Function(loss_fn), params, data, directions, points, batch_size
+    )
+    return Surface(xs, ys, losses.reshape(len(ys), len(xs)))
 
 
 def interpolate(
@@ -262,7 +268,8 @@ def filter_normalized_direction(
     for every filter i, that is all weights of one output channel: one index along the
     axis of outputs. The direction is zero for vectors and scalars (biases, and the
     scales and shifts of normalisations), as in the authors' code with
-    `ignore='biasbn'`.
+    `ignore='biasbn'`; and, with filter_axis=0, for the biases of Equinox's
+    convolutions, of shape (outputs, 1, ...).
 
     Args:
       params: w, a tree of real arrays.
@@ -343,13 +350,26 @@ def gradient_direction(
     Cost: one gradient over the data.
     """
     params, data = check_params(params), check_data(data, batch_size)
-    direction = _gradient_direction(Function(loss_fn), params, data, batch_size)
-    return finish(data, direction)
+    return measure(
+        data, _gradient_direction, Function(loss_fn), params, data, batch_size
+    )
 
 
 def _check_direction(name: str, direction: Any, params: Any) -> Any:
     check_same_outline(name, direction, params)
     return check_params(direction, name)
+
+
+def _check_span_a_plane(u: Any, v: Any) -> None:
+    cosine = abs(_cosine(u, v))
+    if not isinstance(cosine, Tracer) and cosine > 1 - 1e-5:
+        raise ValueError(
+            "Both directions lie on one line, so they span no plane. Draw random "
+            "directions with different keys."
+        )
+
+
+_cosine = jax.jit(_tree.cosine)
 
 
 def _distances(name: str, values: Any) -> jax.Array:
@@ -374,7 +394,9 @@ def _random_direction(params, key):
 @functools.partial(jax.jit, static_argnames="filter_axis")
 def _filter_normalized_direction(params, key, filter_axis):
     def normalize(weights, noise):
-        if weights.ndim < 2:
+        # A bias of an Equinox convolution has axes of length 1 as well.
+        has_image = filter_axis == 0 and weights.ndim > 2
+        if weights.ndim < 2 or (has_image and weights.size == weights.shape[0]):
             return jnp.zeros_like(noise)
         inside = tuple(np.delete(range(weights.ndim), filter_axis))
 

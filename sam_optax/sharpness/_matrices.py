@@ -13,8 +13,8 @@ from sam_optax import _tree
 from sam_optax.sharpness._batches import (
     Stream,
     check_data,
-    finish,
     mean_over_batches,
+    measure,
 )
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import (
@@ -38,7 +38,7 @@ class Matrix:
 
     Attributes:
       params: the parameters at which the curvature is taken, in at least float32.
-      data: the data over which the matrix is a mean.
+      data: the data over which the matrix is a mean: a tuple of trees, or a `stream`.
       product: `product(params, v, *batch)` returns the product with v for one batch. It
         must be a pytree, such as a `jax.tree_util.Partial`.
       batch_size: how many examples are evaluated at once, or None for all.
@@ -66,8 +66,10 @@ class Matrix:
 
     def __call__(self, vector: Any) -> Any:
         check_same_outline("The vector", vector, self.params)
+        if any(map(jnp.iscomplexobj, jax.tree.leaves(vector))):
+            raise TypeError("The vector must be real, and it holds complex numbers.")
         vector = sharding.like(_tree.cast_like(vector, self.params), self.params)
-        return finish(self.data, _multiply(self, vector))
+        return measure(self.data, _multiply, self, vector)
 
 
 @jax.jit
@@ -325,15 +327,15 @@ def gradient_norm(
     Examples:
       >>> import jax.numpy as jnp
       >>> from sam_optax import sharpness
-      >>> x = jnp.array([[3.0, 0.0], [0.0, 4.0]])
-      >>> print(sharpness.gradient_norm(lambda w, x: jnp.sum(x @ w), jnp.ones(2), x))
+      >>> x = jnp.array([[6.0, 0.0], [0.0, 8.0]])
+      >>> print(sharpness.gradient_norm(lambda w, x: jnp.mean(x @ w), jnp.ones(2), x))
       5.0
 
     Cost: one gradient over the data.
     """
     data = check_data(data, batch_size)
     params = check_params(params)
-    return finish(data, _gradient_norm(Function(loss_fn), params, data, batch_size))
+    return measure(data, _gradient_norm, Function(loss_fn), params, data, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -384,7 +386,7 @@ def fisher_trace(
     """
     data = check_data(data, batch_size)
     params = check_params(params)
-    return finish(data, _fisher_trace(Function(loss_fn), params, data, batch_size))
+    return measure(data, _fisher_trace, Function(loss_fn), params, data, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")

@@ -13,7 +13,7 @@ from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._checks import check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import finish
+from sam_optax.sharpness._batches import measure
 from sam_optax.sharpness._estimate import (
     Estimate,
     check_at_least_two,
@@ -32,9 +32,10 @@ class Eigenpairs(NamedTuple):
       values: the eigenvalues λ.
       vectors: the eigenvectors v: a tree like the parameters, with all vectors stacked
         along a new first axis of each leaf. Each has norm 1 and an arbitrary sign.
-      residuals: ‖Av − λv‖, plus the rounding error of the largest eigenvalue. A has an
-        eigenvalue within this distance of λ. The residuals cannot show whether another
-        eigenvalue was missed.
+      residuals: ‖Av − λv‖, plus an estimate of the rounding errors, which is the
+        rounding error of the largest eigenvalue times the square root of the dimension.
+        A has an eigenvalue within about this distance of λ. The residuals cannot show
+        whether another eigenvalue was missed.
     """
 
     values: jax.Array  # shape=(k,), at least float32
@@ -157,8 +158,8 @@ def eigenpairs(
     _check_matvecs(count, size)
     if count < k:
         raise ValueError(f"num_matvecs must be at least k = {k}, got {count}.")
-    pairs = _eigenpairs(matrix, typed_key(key), k=k, which=which, num_matvecs=count)
-    return finish(matrix.data, pairs)
+    key, options = typed_key(key), {"k": k, "which": which, "num_matvecs": count}
+    return measure(matrix.data, _eigenpairs, matrix, key, **options)
 
 
 def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
@@ -198,8 +199,8 @@ def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
     """
     _matfree()
     check_at_least_two("num_samples", num_samples)
-    estimate = _trace(matrix, typed_key(key), num_samples=num_samples)
-    return finish(matrix.data, estimate)
+    key = typed_key(key)
+    return measure(matrix.data, _trace, matrix, key, num_samples=num_samples)
 
 
 def spectral_density(
@@ -257,10 +258,8 @@ def spectral_density(
     count = min(size, 50) if num_matvecs is None else num_matvecs
     _check_matvecs(count, size)
     check_positive_integer("num_samples", num_samples)
-    density = _spectral_density(
-        matrix, typed_key(key), num_matvecs=count, num_samples=num_samples
-    )
-    return finish(matrix.data, density)
+    key, options = typed_key(key), {"num_matvecs": count, "num_samples": num_samples}
+    return measure(matrix.data, _spectral_density, matrix, key, **options)
 
 
 def _matfree() -> Any:
@@ -330,20 +329,26 @@ def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Trid
     # entries, which could overflow or underflow.
     scale = jnp.max(jnp.abs(multiply(start)))
     shrink = _tree.reciprocal_or_zero(scale)
+    config: Any = jax.config
+    of_caller = config.jax_default_matmul_precision
 
     def multiply_inexactly(v):
         # Lanczos divides by the norm of what a product adds to the basis. That norm is
         # zero once the basis spans an invariant subspace, which for a multiple of the
         # identity is after one product. Noise as small as rounding errors keeps it
         # above zero.
-        product = multiply(v) * shrink
+        with jax.default_matmul_precision(of_caller):
+            product = multiply(v) * shrink
         bits = jax.lax.bitcast_convert_type(v[:1].astype(jnp.float32), jnp.uint32)[0]
         noise = jax.random.normal(jax.random.key(bits), v.shape, v.dtype)
         size = (jnp.linalg.vector_norm(product) + 1) / v.size**0.5
         return product + jnp.finfo(v.dtype).eps * size * noise
 
     decompose = _matfree().decomp.tridiag_sym(num_matvecs, custom_vjp=False)
-    basis, small, residual, _ = decompose(multiply_inexactly, start)
+    # GPUs and TPUs multiply matrices of float32 with fewer digits by default. The basis
+    # would then not be orthogonal, and eigenvalues would be found several times.
+    with jax.default_matmul_precision("highest"):
+        basis, small, residual, _ = decompose(multiply_inexactly, start)
     return _Tridiagonal(scale, small, basis, jnp.linalg.vector_norm(residual))
 
 
@@ -355,10 +360,11 @@ def _eigenpairs(matrix, key, *, k, which, num_matvecs):
     small_values, coefficients = jnp.linalg.eigh(small)  # ascending
     chosen = slice(None, k) if which == "smallest" else slice(None, -k - 1, -1)
     values, coefficients = small_values[chosen], coefficients[:, chosen]
-    vectors = jax.vmap(unravel)(coefficients.T @ basis)
-    rounding = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(small_values))
+    vectors = jnp.matmul(coefficients.T, basis, precision="highest")
+    rounding = jnp.finfo(values.dtype).eps * like.size**0.5
+    rounding = rounding * jnp.max(jnp.abs(small_values))
     residuals = residual * jnp.abs(coefficients[-1]) + rounding
-    return Eigenpairs(scale * values, vectors, scale * residuals)
+    return Eigenpairs(scale * values, jax.vmap(unravel)(vectors), scale * residuals)
 
 
 @functools.partial(jax.jit, static_argnames=("num_samples",))
