@@ -168,6 +168,25 @@ def test_the_descent_selects_by_the_increase_of_the_loss(
     np.testing.assert_allclose(loss, mean_loss(w, *batch), rtol=1e-5)
 
 
+@pytest.mark.parametrize("m", [None, 6])
+@pytest.mark.parametrize("name", ["gsam", "stable_sam", "wsam", "look_sam"])
+def test_a_selection_at_the_perturbed_point_is_not_compared(name, m):
+    """g is that of other examples, and which ones is known too late."""
+    tx = getattr(sam_optax, name)()
+    helper = sam_optax.sam_value_and_grad(
+        losses, tx, data=largest_increase(0.5), m=m, **BOTH
+    )
+    w, batch = make_params(), make_batch()
+    with pytest.raises(ValueError, match="would compare the examples"):
+        helper(w, *batch, opt_state=tx.init(w))
+    for alone in (sam_optax.esam(), sam_optax.fsam(), sam_optax.sam_every_k()):
+        helper = sam_optax.sam_value_and_grad(
+            losses, alone, data=largest_increase(0.5), m=m, **BOTH
+        )
+        _, grads = helper(w, *batch, opt_state=alone.init(w))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads.gradients))
+
+
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_k_sam_selects_by_the_loss_for_both_gradients(passes, k):
     w, batch = make_params(), make_batch()

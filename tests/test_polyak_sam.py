@@ -96,6 +96,25 @@ def test_a_zero_gradient_moves_nothing():
     assert jnp.isfinite(optax.tree.get(state, "polyak_step"))
 
 
+@pytest.mark.parametrize(
+    ("lower_bound", "max_step", "expected"),
+    [(0.3, 0.5, 0.5), (1.0, 0.5, 0.0), (2.0, 0.5, 0.0), (0.3, np.inf, 0.0)],
+)
+def test_without_a_slope_the_longest_step_decays_the_weights(
+    lower_bound, max_step, expected
+):
+    """The formula is [1 − ℓ]₊/0 there; an infinite step would make NaN of 0 · ∞."""
+    sam, tx = sam_optax.polyak_sam(
+        lower_bound=lower_bound, max_step=max_step, weight_decay=0.1
+    )
+    w = jnp.full(2, 3.0)
+    helper = sam_optax.sam_value_and_grad(lambda w: 1.0 + 0 * jnp.sum(w), sam)
+    _, grads = helper(w, opt_state=tx.init(w))
+    updates, state = tx.update(grads, tx.init(w), w)
+    assert optax.tree.get(state, "polyak_step") == expected
+    np.testing.assert_allclose(updates, -expected * 0.1 * w, rtol=1e-6)
+
+
 @pytest.mark.parametrize("guard", [True, False])
 def test_what_is_not_finite_is_seen_and_with_the_guard_not_carried(guard):
     sam, tx = sam_optax.polyak_sam(0.3, guard=guard)

@@ -197,6 +197,8 @@ def test_the_states_go_through_scan():
         (lambda: sam_optax.saf(6, 3, lag=0), "lag must be an integer >= 1"),
         (lambda: make_saf(weight=-1.0), "weight must be >= 0"),
         (lambda: make_saf(temperature=0.0), "temperature must be > 0"),
+        (lambda: make_saf(start=-5), "start must be >= 0"),
+        (lambda: sam_optax.mesa(stop=-1), "stop must be >= 0"),
         (lambda: make_saf(start=5, stop=5), "stop must be after start, 5, got 5"),
         (lambda: sam_optax.mesa(decay=1.0), "decay must be >= 0 and < 1"),
         (

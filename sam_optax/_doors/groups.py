@@ -39,7 +39,7 @@ def over_groups(
     def first_gradient(examples):
         own = choose_in(examples)
         g = own.seen.gradient
-        said = _Said(own.recompute, own.only_ascent, own.sees_one_loss)
+        said = _Said(own.recompute, own.comparable, own.only_ascent, own.sees_one_loss)
         return g, (own.seen.loss, own.seen.aux, said, g if groups.keeps_g else None)
 
     gradient, each = groups.run(first_gradient, examples)
@@ -69,6 +69,7 @@ def over_groups(
         ascent=descent if said.sees_one_loss else mean_of(lambda own: own.ascent),
         descent=descent,
         recompute=said.recompute,
+        comparable=said.comparable,
         only_ascent=said.only_ascent,
     )
     return choice, per_group
@@ -88,6 +89,7 @@ class _Said:
     """What a rule's choice says, as static pytree data that vmap and scan hand on."""
 
     recompute: bool
+    comparable: bool
     only_ascent: bool
     sees_one_loss: bool
 

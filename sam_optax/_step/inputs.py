@@ -64,6 +64,9 @@ class Choice:
       recompute: True if g is not the gradient, at w, of the examples that the step
         descends on. A descent that compares gᵃ with that gradient, and a step without
         ascent, then take it from `descent(params)`. Default False.
+      comparable: False if g is not that gradient, and it cannot be taken, because the
+        examples are only known at w + ε. A method that compares gᵃ with g is then
+        refused. Default True.
       only_ascent: True if the choice concerns the ascent alone. It would have no effect
         with an ascent that uses no gradient, and is refused there. Default False.
       averaged_over: the axes of devices over which the passes are averaged.
@@ -75,6 +78,7 @@ class Choice:
     ascent: Callable[[Any], Pass]
     descent: Callable[[Any], Pass]
     recompute: bool = False
+    comparable: bool = True
     only_ascent: bool = False
     averaged_over: tuple[str, ...] = ()
     value_slot: Callable[[Any], Any] | None = None
@@ -130,6 +134,18 @@ NO_EFFECT = (
     "data.sub_batch, which say what that gradient is of, would have no effect. Leave "
     "them out, or take an ascent along the gradient, such as sam_optax.ascents.sam()."
 )
+
+
+def check_comparable(passes: Choice, descent: Any, cadence: Cadence) -> None:
+    """Refuses to compare gradients of different examples."""
+    compares = isinstance(descent, Descent) and descent.compares
+    if not passes.comparable and (compares or not cadence.forgets):
+        raise ValueError(
+            "The data rule, such as data.largest_increase, takes gᵃ on the examples "
+            "that it selects at w + ε, and g on all of them. This method compares gᵃ "
+            "with g, and would compare the examples. Take a method that descends on gᵃ "
+            "alone, such as sam or esam."
+        )
 
 
 def noting(passes: Choice) -> tuple[Choice, list[Any]]:

@@ -26,6 +26,7 @@ from sam_optax._step.inputs import (
     as_choice,
     check_axes,
     check_call,
+    check_comparable,
     check_is_whole,
     note_auxiliary,
     noting,
@@ -82,8 +83,9 @@ def sharpness_aware(
         `sam_optax.ascents` says what it receives. Its update runs on every step. Of an
         ascent that makes no use of g, such as `ascents.msam`, no gradient is taken at
         w, unless something else uses it: a report, or a cadence that looks at it.
-      descent: transformation gᵃ ↦ d, such as `sam_optax.descents.gsam()`. It must give
-        d = g when gᵃ = g. Default None: d = gᵃ.
+      descent: transformation gᵃ ↦ d, such as `sam_optax.descents.gsam()`. It should
+        give d = g when gᵃ = g, because a step that does not ascend passes g on. Default
+        None: d = gᵃ.
       cadence: on which steps the second gradient is taken, such as
         `sam_optax.cadences.every_k(5)`. Default None: on all.
       mask: where False, ε = 0; the gradient is real everywhere. A tree of bools (or a
@@ -155,7 +157,9 @@ def sharpness_aware(
       0.7
 
     Cost: two gradients on a step that ascends, one on a step that does not; one on each
-    step if neither the ascent nor anything else uses g.
+    step if neither the ascent nor anything else uses g. Gradients that the ascent takes
+    itself, as `ascents.ascend_repeatedly` does, are taken on every step, because its
+    update runs on every step.
     """
     check_axes(ascent, descent, cadence)
     recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
@@ -198,6 +202,7 @@ def sharpness_aware(
             return updates.unpack(recipe, state)
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
+        check_comparable(passes, descent, cadence)
         must_be_asked = passes.only_ascent and not uses_gradient(ascent)
         was_asked: list[Any] = []
         if must_be_asked:

@@ -49,7 +49,6 @@ def when_steep(
 
     def init(params):
         del params
-        # The authors start the standard deviation at exp(-10).
         variance = jnp.exp(jnp.asarray(-20.0, jnp.float32))
         return WhenSteepState(
             jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), variance
@@ -110,8 +109,8 @@ def ae_sam(
       c_t = \lambda_2 + \frac{t}{T} (\lambda_1 - \lambda_2), \qquad
       \lambda_2 = 1, \quad \lambda_1 = -1
 
-    On the other steps, d = g. As c_t falls over the T steps of the training, more and
-    more of them take the second gradient.
+    with μ₋₁ = 0 and σ₋₁ = e⁻¹⁰. On the other steps, d = g. As c_t falls over the T
+    steps of the training, more and more of them take the second gradient.
 
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.

@@ -36,7 +36,7 @@ def bisam_loss(
     z are the logits and y is the label. SAM's ε makes the cross-entropy as large as
     possible, which is an upper bound of the share of misclassified examples. This ε
     makes a lower bound of that share as large as possible, so that it is large for
-    certain.
+    certain: the bound is ℓ − (log K)/μ with K classes, and the constant changes no ε.
 
     Args:
       logits: an array whose last axis are the classes.

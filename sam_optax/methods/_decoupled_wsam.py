@@ -80,7 +80,8 @@ def decoupled_wsam(
       nowhere else. `tx` is the whole optimizer; use it in place of a chain.
 
     Raises:
-      ValueError: if rho < 0 or gamma is outside [0, 1).
+      ValueError: if learning_rate < 0, rho < 0 or gamma is outside [0, 1).
+      TypeError: if base is not a transformation.
 
     Examples:
       On f(w) = w² from w = 1, g is 2 and gᵃ is 3. The step is that of SGD, −0.1 · 2,

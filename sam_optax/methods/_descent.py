@@ -50,6 +50,9 @@ def blend(
     Returns:
       A descent for `sharpness_aware`.
 
+    Raises:
+      ValueError: if weight is not finite.
+
     Examples:
       F-SAM, halfway between SAM and the base optimizer:
 

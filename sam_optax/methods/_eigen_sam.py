@@ -236,6 +236,8 @@ def eigen_sam(
       2. No epsilon is added to norms. Theirs is 1e-12.
       3. With groups of examples (m=, or a perturbation per device) all groups share v,
          that of the whole batch; they use a new one from the next step on.
+      4. They take the Hessian with the model in evaluation mode, without dropout and
+         with the running statistics. Here it is that of the loss of the training.
 
     Cost: 2 + 2n/k gradients a step, as every k-th step takes n products with the
     Hessian, of about 2 gradients each; one tree is carried, in at least float32.

@@ -124,16 +124,18 @@ def entropy_sgd(
     Args:
       gamma: γ, the strength with which the walk is held at w: a number or a schedule.
         The paper's scoping is `gamma=lambda t: 0.01 * (1 + 1e-3) ** t`. Default 0.01,
-        from the authors' code.
+        that of the authors' class; their training script has 0.0001.
       noise: ε, the size of the noise: a number or a schedule. Default 0.0001, from the
         authors' code.
       steps: the number n of steps of the walk, a Python integer >= 1. The loop is
-        unrolled. Default 5; the paper has 20 for its larger networks.
+        unrolled. Default 5, chosen here; the paper has 20 for its larger networks.
       walk_rate: η', the learning rate of the walk. Default 0.1, from the authors' code.
       decay: β, the weight of the past in the average μ. Default 0.75, from the authors'
         code.
-      momentum: that of the walk. Default 0: none.
-      nesterov: whether the momentum of the walk is Nesterov's. Default True.
+      momentum: that of the walk. Default 0: none, which is the default of the authors'
+        class; their training script has 0.9.
+      nesterov: whether the momentum of the walk is Nesterov's. Default True, as in
+        their class.
       as_released: whether d = w − μ, as in the authors' code; see below. Default False.
       key: an int, a typed key or a legacy one. Default 0.
       guard, stochastic_rounding: passed on to `sharpness_aware`. Default False, as for
@@ -175,7 +177,7 @@ def entropy_sgd(
     A step with ascend=False passes the plain gradient on, which is some 1/γ times as
     long as d here; with the learning rate of this method, such a step is far too long.
 
-    Cost: n gradients a step, and a forward pass for the loss; a key is carried.
+    Cost: n gradients a step; a key is carried.
     """
     check_number("gamma", gamma, at_least=0)
     check_number("noise", noise, at_least=0)

@@ -133,7 +133,9 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
       \ell_i(w + \varepsilon) - \ell_i(w)
 
     This is the selection of ESAM. Together with the method `esam`, it is the whole of
-    ESAM. It also works with any other method. loss_fn must return one loss per example.
+    ESAM. It also works with other methods that descend on gᵃ alone, such as `sam`. One
+    that compares gᵃ with g, such as `gsam`, is refused: g is the gradient of the whole
+    batch. loss_fn must return one loss per example.
 
     Args:
       gamma: the share γ of the examples, in (0, 1]. Default 0.5, which all training
@@ -146,7 +148,8 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
 
     Raises:
       ValueError: if gamma is outside (0, 1]; when traced, if no example would be
-        selected, or loss_fn does not return one loss per example.
+        selected, loss_fn does not return one loss per example, or the method compares
+        gᵃ with g.
 
     Examples:
       Both examples pull w to the left, so ε moves it to the right, from 3 to 3.5. The
@@ -182,7 +185,7 @@ def largest_increase(gamma: float = 0.5, *, as_released: bool = False) -> DataRu
             rise = batch.forward(point).losses - before
             return batch.take(largest(rise, count)).gradient(point)
 
-        return Choice(seen, batch.gradient, descent)
+        return Choice(seen, batch.gradient, descent, comparable=False)
 
     return rule
 

@@ -139,6 +139,7 @@ def fsam(
 
     Raises:
       ValueError: if rho < 0, sigma < 0, or decay is outside [0, 1).
+      TypeError: if sigma is neither a number nor `"cosine"`.
 
     References:
       Li et al., `Friendly Sharpness-Aware Minimization
@@ -191,6 +192,7 @@ def fasam(
 
     Raises:
       ValueError: if rho < 0, eta < 0, sigma < 0, or decay is outside [0, 1).
+      TypeError: if sigma is neither a number nor `"cosine"`.
 
     References:
       Li et al., `Friendly Sharpness-Aware Minimization

@@ -26,7 +26,7 @@ from sam_optax.methods._record import record_further
 def functional(
     outputs_fn: Callable[..., Any], outputs_loss: Callable[..., Any]
 ) -> "FunctionalRule":
-    r"""Descends through the network at w + ε, with the loss's gradient of w.
+    r"""Descends through the network at w + ε, with the loss's gradient at f(w).
 
     .. math::
       L(w) = \ell(f(w)), \qquad

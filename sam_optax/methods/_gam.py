@@ -20,7 +20,7 @@ from sam_optax.methods._sam import sam_ascent
 def gam_descent(
     rho: ScalarOrSchedule = 0.2,
     inner_rho: ScalarOrSchedule = 0.02,
-    alpha: ScalarOrSchedule = 0.5,
+    alpha: ScalarOrSchedule = 0.6,
     beta: ScalarOrSchedule = 0.5,
     gamma: ScalarOrSchedule = 0.03,
     *,
@@ -38,7 +38,7 @@ def gam_descent(
 
     Args:
       rho, inner_rho, alpha, beta, gamma, adaptive: those of the method `gam`, whose
-        ascent makes ε with ‖ε‖ = ρ′. Default 0.2, 0.02, 0.5, 0.5, 0.03 and False.
+        ascent makes ε with ‖ε‖ = ρ′. Default 0.2, 0.02, 0.6, 0.5, 0.03 and False.
       mask: the leaves that w₂ and w₃ move; that of the step. Default None: all.
 
     Returns:
@@ -111,7 +111,7 @@ def gam_descent(
 def gam(
     rho: ScalarOrSchedule = 0.2,
     inner_rho: ScalarOrSchedule = 0.02,
-    alpha: ScalarOrSchedule = 0.5,
+    alpha: ScalarOrSchedule = 0.6,
     beta: ScalarOrSchedule = 0.5,
     gamma: ScalarOrSchedule = 0.03,
     *,
@@ -130,18 +130,18 @@ def gam(
 
     GAM looks for first-order flatness: that the largest norm of the gradient within ρ
     of the parameters is small. The difference g₁ − g points where the norm rises, so w₂
-    is where it is about largest; g₃ − g₂ is the direction that lowers it there.
+    is where it is about largest. There it rises along g₃ − g₂, so a step against this
+    lowers it.
 
     Args:
-      rho: the radius ρ = ‖w₂ − w‖ within which the norm is to be small. Default 0.2,
-        from the authors' training script.
+      rho: the radius ρ = ‖w₂ − w‖ within which the norm is to be small; with
+        adaptive=True, ‖(w₂ − w)/w‖. Default 0.2, which the authors' training script
+        has for ResNets on CIFAR-100, as all defaults here.
       inner_rho: ρ′ = ‖ε‖, the length of the steps to w₁ and w₃, by which derivatives of
-        the norm are taken as differences. Default 0.02, from the same script.
-      alpha: the weight α of g₁ in h₊. Default 0.5, which is that of the same script
-        (see below).
-      beta: the weight β of g in h₋, in [0, 1]. Default 0.5, from the same script.
-      gamma: γ ≥ 0, the weight of the part of h₋ that is orthogonal to h₊. Default 0.03,
-        from the same script.
+        the norm are taken as differences. Default 0.02.
+      alpha: the weight α of g₁ in h₊. Default 0.6.
+      beta: the weight β of g in h₋, in [0, 1]. Default 0.5 (see below).
+      gamma: γ ≥ 0, the weight of the part of h₋ that is orthogonal to h₊. Default 0.03.
       adaptive: whether the steps are scaled by the weights, as those of `asam` with
         η = 0. Default False.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
@@ -154,14 +154,14 @@ def gam(
 
     Examples:
       On f(w) = w² from w = 1, the four points are 1, 1.1, 1.5 and 1.6, so
-      d = 0.5 · 2.2 + 0.5 · 3.2. In one dimension, nothing is orthogonal.
+      d = 0.6 · 2.2 + 0.4 · 3.2. In one dimension, nothing is orthogonal.
 
       >>> import jax, jax.numpy as jnp, sam_optax
       >>> sam, w = sam_optax.gam(rho=0.5, inner_rho=0.1), jnp.array(1.0)
       >>> grad_fn = jax.grad(lambda w: w**2)
       >>> d, _ = sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
       >>> print(f"{d:.2f}")
-      2.70
+      2.60
 
     References:
       Zhang et al., `Gradient Norm Aware Minimization Seeks First-Order Flatness and
@@ -169,10 +169,11 @@ def gam(
       2. Its Algorithm 1, with products of the Hessian, is not offered.
 
     Differences from the authors' code:
-      1. Their weights of g₁ and g₃, and those of g and g₂, sum to 2 by default. So
-         their d is twice as long as here and in the paper, which doubles the learning
-         rate. In general, with their weights β₁, β₂ and β₃, their d is β₁ + β₃ times
-         the one here with α = β₁/(β₁+β₃), β = 1/(1+|β₂|) and γ (1+|β₂|)/(β₁+β₃).
+      1. Their h₋ is g + (1 − β) g₂, without the β before g. To have it, pass
+         1/(2 − β) as beta, and (2 − β) γ as gamma: for their β = 0.5 and γ = 0.03,
+         these are 2/3 and 0.045. In general, with their weights β₁, β₂ and β₃, their d
+         is β₁ + β₃ times the one here with α = β₁/(β₁+β₃), β = 1/(1+|β₂|) and
+         γ (1+|β₂|)/(β₁+β₃). Their script has β₁ + β₃ = 1.
       2. No epsilon is added to the norms. Theirs is 1e-12.
 
     Cost: 4 gradients a step; no tree is carried.

@@ -156,6 +156,7 @@ def late_sam(
 
     Raises:
       ValueError: if rho < 0, start < 0 or ramp_steps < 0.
+      TypeError: if start is neither an integer nor a scalar array.
 
     Examples:
       On f(w) = w² from w = 1, the first step is SGD's, 1 − 0.1 · 2, and the second one

@@ -132,7 +132,9 @@ def lookbehind_sam(
       k: the number of ascents and of base steps, a Python integer >= 1. Default 2, from
         the authors' command.
       alpha: α, the share of the k base steps that is kept: a number in [0, 1] or a
-        schedule, or "adaptive": for each tensor (cos(u₁, u_k) + 1)/2. Default 0.5.
+        schedule, or "adaptive": for each tensor (cos(u₁, u_k) + 1)/2. Default 0.5, one
+        of the three values that the paper compares; the authors' command has the
+        adaptive one.
       ascent: another ascent than `ascents.sam(rho)`, such as `ascents.asam(0.5)`, which
         sees the parameters where each ascent begins. rho is then not used. Default
         None.
@@ -169,11 +171,13 @@ def lookbehind_sam(
     Differences from the authors' code, with whose trajectories this was compared:
       1. It takes the gradient at w + ε_j twice, 2k in all. Here it is taken once.
       2. No epsilon is added to norms. Theirs is 1e-16, and 1e-8 in the cosine.
-      3. With ascend=False, only the last of the k directions is the plain gradient.
-         Leave that argument alone here.
 
-    Cost: k + 1 gradients a step; k − 1 trees are carried, in at least float32, because
-    the gradients on the way wait in the state for the base optimizer.
+    Do not pass ascend=False: the last base step would follow the plain gradient, and
+    the others still the gradients on the way.
+
+    Cost: k + 1 gradients a step, and k − 1 more with ascent_loss_fn=; k − 1 trees are
+    carried, in at least float32, because the gradients on the way wait in the state for
+    the base optimizer.
     """
     check_static_integer("k", k)
     if isinstance(alpha, str):

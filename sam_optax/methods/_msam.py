@@ -140,6 +140,7 @@ def msam_ascent(rho: ScalarOrSchedule = 0.3, decay: ScalarOrSchedule = 0.9) -> A
     source="Becker 2024",
     url="https://arxiv.org/abs/2401.12033",
     gradients=1,
+    cost="1 + a forward pass",
 )
 def msam(
     rho: ScalarOrSchedule = 0.3,

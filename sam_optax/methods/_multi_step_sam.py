@@ -32,7 +32,7 @@ def ascend_repeatedly(
 
     Returns:
       A transformation. If n > 1, it needs `grad_fn=` and the parameters, and takes
-      n − 1 gradients besides g.
+      n − 1 gradients besides g, with a cadence too on every step.
 
     Raises:
       ValueError: if steps is not a positive integer, or the ascent uses no gradient;

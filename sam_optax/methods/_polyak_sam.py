@@ -55,6 +55,9 @@ def measure_polyak_step(lower_bound: Any, max_step: Any) -> Descent:
         # One division after the other: the square of the norm can leave the range.
         safe = jnp.where(slope == 0, 1, slope)
         step = jnp.clip(excess / safe / safe, 0, max_step)
+        # Where gᵃ = 0, γ only scales the weight decay, and must be finite.
+        longest = jnp.where(jnp.isfinite(max_step) & (excess > 0), max_step, 0)
+        step = jnp.where(slope == 0, longest, step)
         step = jnp.asarray(step, state.polyak_step.dtype)
         # A loss that is not finite gives no step, and shows in d.
         d = _tree.scale(jnp.where(jnp.isfinite(loss), 1, jnp.nan), updates)
@@ -94,8 +97,9 @@ def polyak_sam(
              {\|g^a\|^2},\, \gamma_b \Big), \qquad
       w \leftarrow w - \gamma g^a
 
-    The numerator is the loss at w by the tangent at w + ε, less the bound ℓ. So γ is
-    the step at which that tangent reaches ℓ. There is no learning rate to tune.
+    The numerator is the loss that the tangent at w + ε predicts at w, minus ℓ. So γ is
+    the step at which that tangent reaches ℓ. There is no learning rate to tune. Where
+    gᵃ = 0, γ is γ_b if the numerator is positive, and 0 if γ_b is infinite.
 
     Args:
       rho, lam: those of the method `unified_sam`. Default 0.1 and 1, which is SAM, from

@@ -38,6 +38,10 @@ def reusing(
     Returns:
       A cadence that carries v/‖v‖, in at least float32, and the state of the other one.
 
+    Raises:
+      ValueError: if alpha is not finite.
+      TypeError: if cadence is not a `Cadence`.
+
     Examples:
       LookSAM with a random rhythm:
 

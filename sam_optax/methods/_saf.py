@@ -99,8 +99,8 @@ def saf(
         Outputs that are not finite are not stored.
 
     Raises:
-      ValueError: if a count is not a positive integer, weight < 0, temperature <= 0, or
-        stop <= start; when traced, if outputs or index have other shapes.
+      ValueError: if a count is not a positive integer, weight < 0, temperature <= 0,
+        start < 0, or stop <= start; when traced, if outputs or index have other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -130,6 +130,9 @@ def saf(
          it has no term.
       3. Their term counts in epochs 6 to 299, counted from 0. Here it counts on every
          step, unless start and stop say otherwise.
+
+    The factor τ² is that of their code. The paper's formula has none, so with τ = 5 a λ
+    that is meant for the formula has to be divided by 25.
 
     Cost: 1 gradient.
     """
@@ -234,8 +237,8 @@ def mesa(
         optimizer. It averages by `optax.incremental_update`.
 
     Raises:
-      ValueError: if decay is outside [0, 1), weight < 0, temperature <= 0, or
-        stop <= start; when traced, if the two outputs differ in shape.
+      ValueError: if decay is outside [0, 1), weight < 0, temperature <= 0, start < 0,
+        or stop <= start; when traced, if the two outputs differ in shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -332,8 +335,8 @@ def _check_term(
 ) -> None:
     check_number("weight", weight, at_least=0)
     check_number("temperature", temperature, above=0)
-    check_constant("start", start)
+    check_constant("start", start, at_least=0)
     if stop is not None:
-        check_constant("stop", stop)
+        check_constant("stop", stop, at_least=0)
         if is_integer(start) and is_integer(stop) and stop <= start:
             raise ValueError(f"stop must be after start, {start}, got {stop}.")

@@ -51,7 +51,9 @@ def sagm_descent(*, as_released: bool = False) -> Descent:
       as_released: that of the method `sagm`. Default False.
 
     Returns:
-      A descent for `sharpness_aware`.
+      A descent for `sharpness_aware`. Without as_released=True, d is about twice as
+      long as g, which a step that does not ascend passes on. So use as_released=True
+      with a cadence.
     """
     mean = blend(0.5)
     if as_released:
@@ -85,8 +87,7 @@ def sagm(
 
     Args:
       rho: the radius ρ = ‖ε + α g‖. Default 0.05, from the authors' code.
-      alpha: α, the length of the step back along g. Default 0.001, from the authors'
-        code.
+      alpha: α, the size of the step back, −α g. Default 0.001, from the authors' code.
       as_released: whether d is the mean of the two gradients, as in the authors' code,
         in the place of their sum. Default False.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.

@@ -153,7 +153,8 @@ def sam_noise(
     Args:
       rho: the radius ρ = ‖ε‖. Default 0.05, that of `sam`.
       decay: that of `sam_full`, whose docstring says how to pass the full gradient.
-        Default 0.9.
+        Default 0.9. Without a full gradient, the average is a multiple of g on the
+        first step, so that u = 0 and ε = 0 there.
       options: mask=, guard= and stochastic_rounding=, passed on to `sharpness_aware`.
 
     Returns:

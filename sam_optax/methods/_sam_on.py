@@ -173,8 +173,9 @@ def sam_on(
     parameters are trained.
 
     Args:
-      rho: the radius ρ = ‖ε‖. Default 0.5: the few parameters of these layers bear,
-        and need, a radius about ten times that of `sam`. Tune it.
+      rho: the radius ρ = ‖ε‖. Default 0.5, that of the authors' training script: the
+        few parameters of these layers bear, and need, a radius about ten times that of
+        `sam`. Tune it.
       p: the order of the norm, a Python number from 1 to infinity. Default None: the
         2-norm. As in `sam`, it is a static argument of `optax.inject_hyperparams`.
       mask: the leaves that are perturbed. Default `methods.normalization_layers`: those

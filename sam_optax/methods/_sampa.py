@@ -183,7 +183,7 @@ def _side_by_side(
     equation="ε = ρ y/‖y‖, d = (1−λ) gᵃ + λ y⁺, y⁺ = ∇L(w − η y)",
     source="Xie 2024",
     url="https://arxiv.org/abs/2410.10683",
-    cost="2, side by side",
+    cost="2, side by side, + a forward pass",
     gradients=2,
 )
 def sampa(
@@ -259,9 +259,10 @@ def sampa(
 
     Cost: 2 gradients a step, side by side with halves=, where a sum over the two halves
     exchanges two trees; a forward pass more if the loss or the auxiliary output at w is
-    used. A step that does not ascend takes y all the same, and its m follows the
-    mixture, not d. With ascent_loss_fn=, y is the gradient of that loss, and so is a
-    share λ of d. One tree is carried, and another with momentum, in at least float32.
+    used. A step that does not ascend takes y all the same; its d is the plain gradient,
+    and m is advanced with (1 − λ) g + λ y. With ascent_loss_fn=, y is the gradient of
+    that loss, and so is a share λ of d. One tree is carried, and another with momentum,
+    in at least float32.
     """
     descent = mix_with_lookahead(
         learning_rate,

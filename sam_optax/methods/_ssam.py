@@ -495,8 +495,9 @@ def ssam(
     Raises:
       ValueError: if rho < 0, sparsity is outside [0, 1), score is not one of the two,
         or is "fisher" for SSAM-D, drop is outside [0, 1], or refresh_every is not a
-        positive integer; from the update, if `fisher=` is missing or not wanted; from
-        init, if one array has more than 4,294,967,295 entries.
+        positive integer; from the update, if `fisher=` is missing or, with the
+        magnitudes, not wanted (SSAM-D ignores it); from init, if one array has more
+        than 4,294,967,295 entries.
 
     Examples:
       On f(w) = |w|²/2 from w = (3, 4), SAM's ε for ρ = 5 is (3, 4). SSAM-F keeps the

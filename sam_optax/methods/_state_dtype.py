@@ -55,7 +55,8 @@ def with_state_dtype(
       >>> print(state.ascent_state.narrow_state[0].gradient_ema.dtype)
       bfloat16
 
-    Cost: the random numbers of a step, one for each number that is carried.
+    Cost: a random number for each number that is carried, and two with an ascent that
+    follows d, such as `msam`.
     """
     check_transformation("ascent", ascent)
     if not jnp.issubdtype(dtype, jnp.floating):

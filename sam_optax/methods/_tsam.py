@@ -139,12 +139,12 @@ def tsam(
 
     Args:
       rho: the radius ρ = ‖ε_i − δ_i‖. Default 0.05, that of `sam`.
-      sigma: σ, the root of the expected squared norm of the noise. Default 0.05, like
-        rho.
-      tilt: the tilt t: 0 weighs all points alike. Default 20, from the middle of the
-        range that the authors' scripts search (0 to 400).
-      samples: the number n of points, a Python integer >= 1. Default 3, the smaller of
-        the two in the authors' scripts.
+      sigma: σ, the root of the expected squared norm of the noise. Default 0.05, chosen
+        here to be that of rho.
+      tilt: the tilt t: 0 weighs all points alike. Default 20, one of the six values
+        that the authors' scripts search (0 to 400).
+      samples: the number n of points, a Python integer >= 1. Default 3, one of the two
+        values that the authors' scripts list.
       radius: the largest ‖δ_i‖, to which longer noise is cut. Default None: there is
         none.
       key: an int, a typed key or a legacy one. Default 0.

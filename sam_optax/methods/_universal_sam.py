@@ -223,8 +223,8 @@ def universal_sam(
       3. For the Frobenius norm, it has the factor 1/ρ² where the gradient of S has
          2/ρ⁴.
 
-    The constants of S were taken from what the code computes and from the paper's
-    abstract form, not from its line of definitions.
+    We could not read the paper's definition of S. Its constants are those for which ∇S
+    is what the authors' code computes, but for the differences above.
 
     Cost: n + 1 gradients a step; a key is carried.
     """
