@@ -40,7 +40,7 @@ for style in STYLES.values():
     style |= {"axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink}
     style |= {"legend.framealpha": 0.0, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "axes.facecolor": "none"}
-# The cheaper methods of the last picture, with radii that benchmarks/digits.py has.
+# The cheaper methods of the last picture, with smaller radii than benchmarks/digits.py.
 CHEAPER = {"sam_every_k": 0.8, "rst": 0.5, "ae_sam": 0.5}
 NUDGES = {"rst": 9, "ae_sam": -9}  # their labels would stand on one another
 

@@ -236,6 +236,7 @@ def test_the_figure_of_one_gradient_draws_the_panels_that_are_there(tmp_path):
         ("mnist_1000", "--data . --gradients 199", "200"),
         ("which_method", "--data empty", "t10k-images-idx3-ubyte"),
         ("cifar10", "--noise 0 101", "'101'"),
+        ("one_gradient", "--tasks mnist text", "need --data"),
     ],
 )
 def test_bad_input_is_one_line(name, argv, complaint, tmp_path, monkeypatch, capsys):
@@ -283,10 +284,53 @@ def test_a_budget_ends_before_what_does_not_fit_and_resume_goes_on(
     assert "--resume goes on" in capsys.readouterr().out
     assert run("--resume", "--budget", "61") == ([0, 1, 2], 60)
     assert run("--resume", "--seeds", "1") == ([0, 1, 2], 0)
-    assert run("--seeds", "2") == ([0, 1], 60)
+    with pytest.raises(SystemExit):
+        run("--seeds", "2")
+    assert "has 3 runs. --resume goes on from them" in capsys.readouterr().err
+    assert run("--overwrite", "--seeds", "2") == ([0, 1], 60)
     with pytest.raises(SystemExit):
         run("--resume", "--epochs", "4")
     assert "is of --epochs 3, not of 4" in capsys.readouterr().err
+
+
+def test_runs_that_may_be_lost_and_those_that_are_not_there(tmp_path, capsys):
+    argv = ["--output", str(tmp_path)]
+    Slow.main([*argv, "--resume", "--quick"])
+    assert "There is no" in capsys.readouterr().out
+    Slow.main(argv)  # over runs of --quick, which are of seconds
+    path = tmp_path / "test_papers.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert len(report["runs"]) == 3 and report["earlier_versions"] == []
+    path.write_text('{"runs": [', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        Slow.main([*argv, "--resume"])
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_runs_of_other_versions_are_kept_and_named(tmp_path, capsys):
+    argv, path = ["--output", str(tmp_path)], tmp_path / "test_papers.json"
+    Slow.main([*argv, "--seeds", "1"])
+    report = json.loads(path.read_text(encoding="utf-8"))
+    now, then = report["versions"], report["versions"] | {"jax": "0.1.2"}
+    path.write_text(json.dumps(report | {"versions": then}), encoding="utf-8")
+    Slow.main([*argv, "--resume"])
+    assert "The runs so far are of jax 0.1.2; they are kept." in capsys.readouterr().out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert (report["versions"], report["earlier_versions"]) == (now, [then])
+    assert len(report["runs"]) == 3
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    def measure(self, seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return {"number": float(seed)}
+
+    monkeypatch.setattr(Slow, "measure", measure)
+    with pytest.raises(SystemExit, match="Stopped in seed 2; --resume goes on"):
+        Slow.main(["--output", str(tmp_path)])
+    text = (tmp_path / "test_papers.json").read_text(encoding="utf-8")
+    assert [run["seed"] for run in json.loads(text)["runs"]] == [0, 1]
 
 
 def test_statistics():

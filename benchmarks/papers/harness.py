@@ -174,10 +174,18 @@ def arguments(**options: tuple) -> dict[str, dict[str, Any]]:
 
 
 OUTPUT = pathlib.Path("results"), None, "directory for the JSON and the figure"
+OVERWRITING = {
+    "overwrite": {"action": "store_true", "help": "lose the trainings that are there"},
+}
 RESUMING = {
     "budget": {"type": integer, "help": "seconds; end before a training takes longer"},
     "resume": {"action": "store_true", "help": "keep the trainings that are there"},
 }
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
 
 
 class Experiment:
@@ -205,8 +213,8 @@ class Experiment:
         """Makes the runs, prints their tables, and writes the JSON and the figure."""
         doc = inspect.getdoc(inspect.getmodule(cls)) or ""
         parser = Parser(description=doc.splitlines()[0])
-        options = cls.options | arguments(output=OUTPUT)
-        quick = {name: given["quick"] for name, given in options.items()}
+        options = cls.options | arguments(output=OUTPUT) | OVERWRITING
+        quick = {n: given["quick"] for n, given in options.items() if "quick" in given}
         options |= RESUMING if cls.same else {}
         for name, given in options.items():
             given = {key: value for key, value in given.items() if key != "quick"}
@@ -233,9 +241,20 @@ class Experiment:
         # A file has room for the tables.
         self.console = Console(width=None if sys.stdout.isatty() else 200)
         self.panels: list[Callable[[Any], None]] = []  # each draws on its axes
+        self.earlier: list[dict[str, str]] = []  # other versions that made runs
+        report = self.read()
         self.prepare()
-        if self.same and args.resume and self.path.exists():
-            self.resume()
+        if self.same and args.resume:
+            self.resume(report)
+        elif report and report["runs"] and not self.may_be_lost(report):
+            remedy = "--resume goes on from them, " if self.same else ""
+            raise DataError(
+                f"{self.path} has {len(report['runs'])} runs. {remedy}--output writes "
+                "to another directory, and --overwrite loses them."
+            )
+
+    def may_be_lost(self, report: dict[str, Any]) -> bool:
+        return self.args.overwrite or report["settings"].get("quick", False)
 
     def spent(self) -> float:
         return time.perf_counter() - self.start
@@ -259,6 +278,10 @@ class Experiment:
             except OutOfTime:
                 self.print(f"The budget ends before {label}; --resume goes on.")
                 break
+            except KeyboardInterrupt:
+                self.save()
+                remedy = "; --resume goes on" if self.same else ""
+                raise SystemExit(f"Stopped in {label}{remedy}.") from None
             found = found if isinstance(found, list) else [found]
             self.runs += [case | run for run in found]
             if self.spent() - saved > SECONDS_BETWEEN_SAVES:
@@ -268,10 +291,10 @@ class Experiment:
 
     def save(self) -> None:
         """Writes the JSON, a line per run; an old one stays whole until it is there."""
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         report = {
             "command": shlex.join(["python", *sys.argv]),
-            "versions": versions | {"python": platform.python_version()},
+            "versions": versions(),
+            "earlier_versions": self.earlier,
             "settings": vars(self.args),
             "seconds": self.spent(),
             "device": jax.devices()[0].device_kind,
@@ -283,14 +306,38 @@ class Experiment:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(self.path)
 
-    def resume(self) -> None:
-        """Reads the runs of the JSON; raises where they were made otherwise."""
-        report = json.loads(self.path.read_text(encoding="utf-8"))
+    def read(self) -> dict[str, Any] | None:
+        """The JSON, if there is one."""
+        if not self.path.exists():
+            return None
+        try:
+            report = json.loads(self.path.read_text(encoding="utf-8"))
+            complete = {"runs", "settings", "versions"} <= report.keys()
+        except (ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise DataError(
+                f"{self.path} is damaged, or not a file of this script. Move it away, "
+                "or write to another --output."
+            )
+        return report
+
+    def resume(self, report: dict[str, Any] | None) -> None:
+        """Takes the runs of the JSON; raises where they were made otherwise."""
+        if report is None:
+            self.print(f"There is no {self.path} to resume; this starts anew.")
+            return
         for key in self.same:
-            then, now = report["settings"][key], getattr(self.args, key)
+            then, now = report["settings"].get(key), getattr(self.args, key)
             if then != now:
                 raise DataError(f"{self.path} is of --{key} {then}, not of {now}")
         self.runs = Runs(report["runs"])
+        self.earlier = report.get("earlier_versions", [])
+        then, now = report["versions"], versions()
+        if then != now and then not in self.earlier:
+            self.earlier = [*self.earlier, then]
+            changed = [f"{k} {v}" for k, v in then.items() if now.get(k) != v]
+            self.print(f"The runs so far are of {', '.join(changed)}; they are kept.")
 
     def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)

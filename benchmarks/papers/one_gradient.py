@@ -37,7 +37,14 @@ from flax import linen as nn
 import sam_optax
 from cifar10 import percentage
 from harness import Experiment, Runs, arguments, cases, setting_of, tuned
-from loaders import cut_text, load_cifar10, load_mnist_test, load_text, split
+from loaders import (
+    DataError,
+    cut_text,
+    load_cifar10,
+    load_mnist_test,
+    load_text,
+    split,
+)
 from training import PLAIN, decayed_sgd, losses_of, make_trainer
 
 ASCENDED = operator.attrgetter("ascended")  # one object, so that programs are shared
@@ -217,6 +224,8 @@ class OneGradient(Experiment):
         self.args.methods = list(dict.fromkeys([*BASELINES, *self.args.methods]))
         self.tasks = {name: TASKS[name] for name in dict.fromkeys(self.args.tasks)}
         if not self.args.data:
+            if set(self.tasks) not in ({"text"}, set(TASKS)):
+                raise DataError("--tasks with images need --data")
             self.tasks = {"text": TASKS["text"]}
         self.images = {}
         if "cifar" in self.tasks:
