@@ -28,8 +28,8 @@ from examples import digits as example
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels  # one per example
 
 # From sweeps on seeds 10 to 14 for the best mean test accuracy (there is no validation
-# part), at 40 and 60 % noise for the first five and at 40 % for the others; well below a
-# rho that no longer trains. Not swept: ae_look_sam, which has the rho of look_sam.
+# part), at 40 and 60 % noise for the first five and at 40 % for the others; well below
+# a rho that no longer trains. Not swept: ae_look_sam, which has the rho of look_sam.
 # fmt: off
 RHO = {
     "sam": 0.5, "fsam": 0.6, "asam": 4.0, "fasam": 6.0, "usam": 1.0, "gsam": 0.3,

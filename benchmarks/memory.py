@@ -301,6 +301,17 @@ def by_hand(loss_fn: Any) -> Step:
     return Step(step, BASE)
 
 
+def gsam_by_hand(loss_fn: Any) -> Step:
+    def step(params, state, *batch):
+        loss, g = jax.value_and_grad(loss_fn)(params, *batch)
+        ga = jax.grad(loss_fn)(perturbed(params, g), *batch)
+        share = optax.tree.vdot(g, ga) / optax.tree.vdot(ga, ga)
+        d = jax.tree.map(lambda ga, g: ga - 0.4 * (g - share * ga), ga, g)
+        return descend(BASE, params, state, d, loss)
+
+    return Step(step, BASE)
+
+
 def in_a_branch(loss: jax.Array, grad_fn: Any) -> Any:
     """A gradient that is taken only where the loss is finite, and is NaN elsewhere.
 
@@ -411,6 +422,7 @@ def make_steps(setting: Setting) -> dict[str, Callable[[], Step]]:
     steps: dict[str, Callable[[], Step]] = {
         "AdamW": lambda: plain(loss_fn),
         "SAM by hand": lambda: by_hand(loss_fn),
+        "GSAM by hand": lambda: gsam_by_hand(loss_fn),
         "momentum-SAM by hand": lambda: momentum_by_hand(loss_fn),
         "sam, guard=False": lambda: door1(loss_fn, sam(RHO, guard=False)),
         "SAM by hand, in a branch": lambda: by_hand_in_a_branch(loss_fn),

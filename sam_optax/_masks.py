@@ -64,8 +64,14 @@ def _check_leaves(tree: Any, params: Any) -> None:
     known = set().union(*starts.values(), {()})
     for path, _ in entries:
         if path not in known:
+            name = jax.tree_util.keystr(path)
+            remedy = (
+                " A mask of NNX variables does not fit the arrays of an update: pass a "
+                "function of the parameters."
+            )
             raise ValueError(
-                f"The mask has {jax.tree_util.keystr(path)}, and the parameters do not."
+                f"The mask has {name}, and the parameters do not."
+                + (remedy if name.endswith(".value") else "")
             )
     chosen = {path for path, _ in entries}
     for path, leaf in places:

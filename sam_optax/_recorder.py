@@ -98,8 +98,7 @@ class Recorder:
         self._check_columns(columns, values)
         values |= columns
         shape = _shape_of_steps(values)
-        if step is not None and not is_integer(step):
-            raise TypeError(f"step must be an integer, got {step!r}.")
+        step = None if step is None else _as_integer(step)
         self._columns = tuple(columns)
         first = self._next_step if step is None else step
         steps = np.arange(first, first + math.prod(shape))
@@ -151,6 +150,7 @@ class Recorder:
         def join(parts):
             return np.concatenate([np.atleast_1d(part) for part in parts] or [[]])
 
+        self._values, self._pending = jax.device_get(self._values), 0
         names = ("loss", *Report._fields, *(self._columns or ()))
         return {"step": join(self._steps)} | {
             name: join(values[name] for values in self._values) for name in names
@@ -161,6 +161,16 @@ _REMEDY_FOR_DEVICES = (
     " If the first axis is that of the devices of a pmap, record the values of one "
     "device: recorder.add(*jax.tree.map(lambda x: x[0], (loss, report)))."
 )
+
+
+def _as_integer(step: Any) -> int:
+    """A number of a step, also as the JAX array that a training state has."""
+    if is_integer(step):
+        return int(step)
+    is_array = isinstance(step, jax.Array) and not isinstance(step, Tracer)
+    if not is_array or step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+        raise TypeError(f"step must be an integer, got {step!r}.")
+    return int(step)
 
 
 def _shape_of_steps(values: dict[str, Any]) -> tuple[int, ...]:

@@ -28,6 +28,19 @@ def first_axes(x: Any) -> Any:
     return sharding.spec[0] if sharding is not None and len(sharding.spec) else None
 
 
+def is_spread(tree: Any) -> bool:
+    """Whether an array of a tree is spread over explicit axes of a mesh."""
+    return any(layout_of(leaf) is not None for leaf in jax.tree.leaves(tree))
+
+
+def layout_of(x: Any) -> NamedSharding | None:
+    """How an array is spread over explicit axes of a mesh; None if it is not."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or not any(sharding.spec):
+        return None
+    return NamedSharding(sharding.mesh, sharding.spec)
+
+
 def _spread(x: jax.Array, *leading: Any) -> jax.Array:
     """x with its leading axes on these mesh axes, and the others as they are."""
     sharding = jax.typeof(x).sharding
@@ -75,10 +88,10 @@ def split(x: Any, count: int, *, together: bool) -> jax.Array:
 
 def replicate(x: jax.Array) -> jax.Array:
     """The whole array on every device."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or not any(sharding.spec):
+    layout = layout_of(x)
+    if layout is None:
         return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.sharding.reshard(x, NamedSharding(layout.mesh, PartitionSpec()))
 
 
 def spread_or_replicate(x: jax.Array, length: int) -> jax.Array:
@@ -93,10 +106,8 @@ def like(tree: Any, reference: Any) -> Any:
     """A tree, spread over the devices as a reference tree of the same shapes is."""
 
     def lay(x, r):
-        sharding = getattr(jax.typeof(r), "sharding", None)
-        if sharding is None or not any(sharding.spec):
-            return x
-        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, sharding.spec))
+        layout = layout_of(r)
+        return x if layout is None else jax.sharding.reshard(x, layout)
 
     return jax.tree.map(lay, tree, reference)
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam_optax._sharding import layout_of
+
 Tree = Any
 Scalar = jax.Array | float
 
@@ -330,7 +332,12 @@ def uniform_like(key: jax.Array, tree: Tree) -> Tree:
 def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
     drawn = [
-        draw(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+        draw(
+            jax.random.fold_in(key, index),
+            leaf.shape,
+            leaf.dtype,
+            out_sharding=layout_of(leaf),
+        )
         for index, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, drawn)

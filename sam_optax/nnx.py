@@ -8,11 +8,13 @@ that imports Flax.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 from sam_optax import _tree
 from sam_optax._doors.batch import loss_and_aux
@@ -49,8 +51,9 @@ def value_and_ascent_grad(
       options: value_at=, ascent_loss_fn=, data=, batch_argnums=, batch_argnames=, m=,
         map_groups=, axis_name=, sync_perturbation= and axis_index_groups=, as for
         `sam_optax.sam_value_and_grad`, where argument 0 is the model. Under m=, what
-        the groups make of floating-point variables is averaged. Under axis_name=,
-        variables that are not trained are those of the device.
+        the groups make of floating-point variables is averaged, and all groups begin
+        with the same random streams, so that they draw the same dropout masks. Under
+        axis_name=, variables that are not trained are those of the device.
 
     Returns:
       A function of the arguments of loss_fn that updates the model's other variables
@@ -62,8 +65,11 @@ def value_and_ascent_grad(
 
     Raises:
       ValueError: as `sam_optax.value_and_ascent_grad`; if the model has no variables of
-        the kind wrt; if loss_fn adds variables to the
-        model, as `sow` does.
+        the kind wrt; if loss_fn adds variables to the model, as `sow` does, or changes
+        a module, a metric or random streams that are among its further arguments.
+
+    Warns:
+      if loss_fn changes a variable of the kind wrt. The change is lost.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sam_optax, sam_optax.nnx
@@ -105,8 +111,14 @@ def value_and_ascent_grad(
             @functools.wraps(loss_fn)
             def pure_loss_fn(params, *args, **kwargs):
                 copied = nnx.merge(graph, params, others, copy=True)
-                loss, aux = loss_and_aux(loss_fn(copied, *args, **kwargs), has_aux)
-                return loss, (aux, nnx.as_pure(nnx.split(copied, wrt, ...)[2]))
+                try:
+                    returned = loss_fn(copied, *args, **kwargs)
+                except TraceContextError as error:
+                    raise ValueError(_CHANGED_ARGUMENT) from error
+                loss, aux = loss_and_aux(returned, has_aux)
+                _, trained, changed = nnx.split(copied, wrt, ...)
+                _check_trained(params, nnx.as_pure(trained))
+                return loss, (aux, nnx.as_pure(changed))
 
             return pure_loss_fn
 
@@ -150,6 +162,29 @@ class _UpdatingSlot(ValueSlot):
 
     def __call__(self, value: Any) -> None:
         super().__call__(self._updated(value))
+
+
+_CHANGED_ARGUMENT = (
+    "loss_fn changes an object of Flax NNX that is not the model, such as an nnx.Rngs "
+    "or an nnx.Metric among its arguments, or one that it has closed over. It cannot "
+    "be changed while gradients are taken. Make random streams a part of the model, "
+    "return what a metric needs as the auxiliary output (has_aux=True), and update the "
+    "metric after the gradients."
+)
+
+
+def _check_trained(before: Any, after: Any) -> None:
+    """Refuses added variables that would be trained, and warns of changed ones."""
+    _check_same_variables(before, after)
+    known = dict(nnx.to_flat_state(before))
+    for path, value in nnx.to_flat_state(after):
+        if value is not known[path]:
+            warnings.warn(
+                f"loss_fn changes the variable {'.'.join(map(str, path))}, which is "
+                "trained, and the change is lost: it would be one of w in the one pass "
+                "and of w + ε in the other. Change it after the optimizer's update.",
+                stacklevel=2,
+            )
 
 
 def _check_same_variables(before: Any, after: Any) -> None:

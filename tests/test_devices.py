@@ -271,6 +271,35 @@ def test_the_loss_is_averaged_over_the_axis():
 # --- What is refused.
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_parts_of_parameters_are_not_averaged(check_vma):
+    """Types say what differs between devices only where they are checked."""
+    sam = sam_optax.sam(0.1)
+
+    def loss_fn(w, x):
+        whole = jax.lax.all_gather(w["w"], "data", tiled=True)
+        return jnp.mean((x @ whole) ** 2)
+
+    helper = sam_optax.sam_value_and_grad(loss_fn, sam, axis_name="data")
+
+    def step(w, x):
+        return helper(w, x, opt_state=sam.init(w))[1].gradients
+
+    mapped = jax.shard_map(
+        step,
+        mesh=table.make_mesh(data=2),
+        in_specs=(P("data"), P("data")),
+        out_specs=P("data") if check_vma else P(),
+        check_vma=check_vma,
+    )
+    w, x = {"w": jnp.arange(4.0)}, jnp.ones((2, 4))
+    if check_vma:
+        with pytest.raises(ValueError, match=r"params\['w'\] differs along the axis"):
+            jax.jit(mapped)(w, x)
+    else:
+        assert jax.eval_shape(mapped, w, x)["w"].shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

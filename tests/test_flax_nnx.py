@@ -292,6 +292,72 @@ def test_nnx_variables_that_a_pass_adds_are_refused():
         gradients(model, *data(0))
 
 
+def test_nnx_trained_variables_that_a_pass_adds_are_refused():
+    def loss_fn(model, x, y):
+        model.late = nnx.Param(jnp.ones(1))
+        return jnp.mean(jnp.square(model(x)[..., 0] - y))
+
+    gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
+    with pytest.raises(ValueError, match=r"adds the variable late"):
+        gradients(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), *data(0))
+
+
+def test_nnx_trained_variables_that_a_pass_changes_are_warned_of():
+    def loss_fn(model, x, y):
+        model.kernel[...] = jnp.clip(model.kernel[...], -0.1, 0.1)
+        return jnp.mean(jnp.square(model(x)[..., 0] - y))
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    before = model.kernel[...]
+    gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
+    with pytest.warns(UserWarning, match=r"changes the variable kernel.*is lost"):
+        gradients(model, *data(0))
+    assert_trees_equal(model.kernel[...], before)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit])
+def test_nnx_objects_besides_the_model_cannot_be_changed(wrap):
+    def with_stream(model, rngs, x):
+        return jnp.mean(model(nnx.Dropout(0.5)(x, rngs=rngs)))
+
+    def with_metric(model, metric, x):
+        loss = jnp.mean(model(x))
+        metric.update(values=loss)
+        return loss
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    for loss_fn, changed in (
+        (with_stream, nnx.Rngs(1)),
+        (with_metric, nnx.metrics.Average()),
+    ):
+        gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
+        step = wrap(lambda *args, f=gradients: f(*args)[0])
+        with pytest.raises(ValueError, match=r"an nnx.Rngs or an nnx.Metric"):
+            step(model, changed, data(0)[0])
+
+
+def test_nnx_helper_and_optimizer_must_train_the_same():
+    def loss_fn(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    model = nnx.LoRALinear(3, 2, lora_rank=1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(sam_optax.sam()), wrt=nnx.LoRAParam)
+    _, grads, extra = sam_optax.nnx.value_and_ascent_grad(loss_fn)(model, data(0)[0])
+    with pytest.raises(ValueError, match=r"of other parameters .*the same wrt="):
+        optimizer.update(model, grads, **extra)
+
+
+def test_a_mask_of_nnx_variables_says_what_to_do():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    mask = jax.tree.map(lambda _: True, nnx.state(model, nnx.Param))
+    tx = optax.chain(sam_optax.sam(mask=mask), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    loss_fn = lambda model, x: jnp.mean(model(x) ** 2)  # noqa: E731
+    _, grads, extra = sam_optax.nnx.value_and_ascent_grad(loss_fn)(model, data(0)[0])
+    with pytest.raises(ValueError, match="pass a function of the parameters"):
+        optimizer.update(model, grads, **extra)
+
+
 def test_nnx_groups_average_what_they_make_of_statistics():
     params, others, (_, prediction) = nnx_training(
         sam_optax.fsam(0.1), steps=1, m=4, batch_argnums=(1, 2)

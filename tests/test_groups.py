@@ -199,7 +199,7 @@ def test_how_groups_run_by_default(monkeypatch, devices, count, expected):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     assert default_map(count) == expected
     alone = "unroll" if count <= 16 else "scan"
-    assert default_map(count, is_mapped=True) == alone
+    assert default_map(count, is_alone=True) == alone
 
 
 @pytest.mark.parametrize("map_groups", ["vmap", "unroll", "scan"])

@@ -192,6 +192,80 @@ def test_data_rules_on_a_mesh_of_explicit_axes(rule):
     assert_trees_close(jax.device_get(actual), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("map_groups", [None, "unroll", "scan", "vmap"])
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_groups_with_parameters_sharded_over_explicit_axes(axis, map_groups):
+    """A batch over one axis, and parameters over the same one or another."""
+    sam = sam_optax.fsam(0.2)
+
+    def loss_fn(w, x, y):
+        hidden = jnp.tanh(x @ jax.sharding.reshard(w["in"], P()))
+        return jnp.mean(jnp.square(hidden @ jax.sharding.reshard(w["out"], P()) - y))
+
+    helper = sam_optax.sam_value_and_grad(
+        loss_fn, sam, m=4, map_groups=map_groups, batch_argnums=(1, 2)
+    )
+
+    @jax.jit
+    def step(w, state, x, y):
+        loss, grads = helper(w, x, y, opt_state=state)
+        d, state = sam.update(grads, state, w)
+        return loss, d, state
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    w = {
+        "in": jax.random.normal(keys[0], (4, 8)),
+        "out": jax.random.normal(keys[1], (8,)),
+    }
+    x, y = jax.random.normal(keys[2], (16, 4)), jax.random.normal(keys[3], (16,))
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        plain = sam_optax.sam_value_and_grad(
+            lambda w, x, y: jnp.mean(jnp.square(jnp.tanh(x @ w["in"]) @ w["out"] - y)),
+            sam,
+            m=4,
+            map_groups="unroll",
+            batch_argnums=(1, 2),
+        )
+        _, grads = plain(w, x, y, opt_state=sam.init(w))
+        expected, _ = sam.update(grads, sam.init(w), w)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(w, {"in": P(None, axis), "out": P(axis)})
+        examples = jax.device_put((x, y), P("data"))
+        if map_groups == "vmap":
+            with pytest.raises(ValueError, match="map_groups='vmap' does not work"):
+                step(sharded, sam.init(sharded), *examples)
+            return
+        _, d, state = step(sharded, sam.init(sharded), *examples)
+        assert d["out"].sharding.spec == P(axis)
+        average = state.ascent_state[0].gradient_ema
+        assert average["in"].sharding.spec == P(None, axis)
+    assert_trees_close(jax.device_get(d), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_random_numbers_are_drawn_where_they_are_needed():
+    """Each device draws its part, also of the mask that rounds to bfloat16."""
+    mesh = jax.make_mesh((8,), ("data",))
+    size = 2**16
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones(size, jnp.bfloat16), P("data"))
+        for sam in (
+            sam_optax.sam(0.1, stochastic_rounding=0),
+            sam_optax.random_sam(0.1, stochastic_rounding=0),
+            sam_optax.esam(0.1, stochastic_rounding=0),
+        ):
+
+            def step(w, state, sam=sam):
+                def grad_fn(w):
+                    return 2 * w
+
+                return sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+
+            compiled = jax.jit(step).lower(w, sam.init(w)).compile()
+            part = 4 * size / 8
+            assert compiled.memory_analysis().temp_size_in_bytes < 10 * part
+
+
 @one_of_each_kind_or_all
 def test_parameters_sharded_over_explicit_axes(names):
     """Every method gives the same updates and state, and keeps their layout."""

@@ -291,13 +291,17 @@ SCALAR = sam_optax.Report(*[jnp.float32(0.5)] * 6, ascended=jnp.bool_(True))
 def test_a_recorder_joins_steps_and_stacks_of_steps():
     kept = recorder(steps=3)
     kept.add(jnp.float32(7), SCALAR)
-    kept.add(jnp.float32(8), SCALAR, step=10)
+    kept.add(jnp.float32(8), SCALAR, step=jnp.int32(10))  # as a TrainState has it
     assert len(kept) == 5
     arrays = kept.arrays()
     assert set(arrays) == {"step", "loss", *sam_optax.Report._fields}
     assert list(arrays["step"]) == [0, 1, 2, 3, 10]
     assert list(arrays["loss"]) == [0, 1, 2, 7, 8]
     assert list(arrays["cosine"]) == [0, 1, 2, 0.5, 0.5]
+    # What was fetched stays on the host.
+    assert not any(isinstance(x, jax.Array) for v in kept._values for x in v.values())
+    kept.add(jnp.float32(9), SCALAR)
+    assert list(kept.arrays()["loss"]) == [0, 1, 2, 7, 8, 9]
     kept.add(jnp.float32(9), SCALAR)
     assert kept.arrays()["step"][-1] == 11
 
@@ -407,6 +411,8 @@ def test_a_recorder_takes_reports_only(loss, report, message):
         sam_optax.Recorder().add(loss, report)
     with pytest.raises(TypeError, match="step must be an integer"):
         sam_optax.Recorder().add(1.0, SCALAR, step=1.5)
+    with pytest.raises(TypeError, match="step must be an integer"):
+        sam_optax.Recorder().add(1.0, SCALAR, step=jnp.arange(2))
     with pytest.raises(TypeError, match="keeps values, not tracers"):
         jax.jit(lambda loss: sam_optax.Recorder().add(loss, SCALAR))(1.0)
     with pytest.raises(TypeError, match="log must be a function"):

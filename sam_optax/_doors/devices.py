@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._doors.groups import PathOfGroup, PerGroup
+from sam_optax._sharding import varying_axes
 from sam_optax._step.inputs import Choice, Pass
 
 
@@ -52,6 +52,20 @@ class Axis(NamedTuple):
                 f"and the lists {grouped}."
             )
 
+    def check_params(self, params: Any) -> None:
+        """Refuses parameters of which each device has a part, where types say so."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            different = sorted(varying_axes(leaf) & set(self.names))
+            if different:
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} differs along the axis "
+                    f"{different[0]!r}, over which axis_name= averages gradients, so "
+                    "those of different parts of the parameters would be mixed. Give "
+                    "each device of this axis whole parameters (in_specs P()), or "
+                    "shard them under jit, without axis_name=. If they are whole and "
+                    "equal, take the mark away: jax.lax.pmean(params, axis)."
+                )
+
     def vary(self, tree: Any) -> Any:
         """Marks values that are equal on all devices as if they were not.
 
@@ -61,13 +75,8 @@ class Axis(NamedTuple):
         """
 
         def vary_leaf(x):
-            for name in self.names:
-                try:
-                    x = jax.lax.pcast(x, name, to="varying")
-                except ValueError as error:
-                    if "from=varying" not in str(error):
-                        raise  # if it varies over this axis already, it may stay so
-            return x
+            equal = [name for name in self.names if name not in varying_axes(x)]
+            return jax.lax.pcast(x, tuple(equal), to="varying") if equal else x
 
         return jax.tree.map(vary_leaf, tree)
 
@@ -109,8 +118,8 @@ def check_loss_is_averaged_once(axis: Axis, loss: jax.Array) -> None:
     a mean over it. Types say what varies under `shard_map` with its check of varying
     axes, and nothing elsewhere.
     """
-    seen_by_types = sharding.varying_axes(axis.vary(jnp.zeros(())))
-    averaged = sorted(seen_by_types - sharding.varying_axes(loss))
+    seen_by_types = varying_axes(axis.vary(jnp.zeros(())))
+    averaged = sorted(seen_by_types - varying_axes(loss))
     if averaged:
         raise ValueError(
             f"loss_fn returns a loss that is equal along the axis {averaged[0]!r}, as "
@@ -126,8 +135,8 @@ def check_loss_is_averaged(loss: jax.Array, params: optax.Params) -> None:
     JAX sums the gradients of replicated parameters over the axes along which the loss
     varies. The sum of means is too large by the number of devices.
     """
-    kept = [sharding.varying_axes(leaf) for leaf in jax.tree.leaves(params)]
-    summed = sharding.varying_axes(loss).difference(*kept)
+    kept = [varying_axes(leaf) for leaf in jax.tree.leaves(params)]
+    summed = varying_axes(loss).difference(*kept)
     if summed:
         raise ValueError(
             f"The loss differs along the axis {min(summed)!r} of a shard_map, and the "

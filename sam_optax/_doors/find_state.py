@@ -31,6 +31,12 @@ def find_sam_state(
         opt_state, is_leaf=lambda x: _is_injected(x) or _is_sam_state(x)
     )
     found = [(path, x) for path, x in nodes if _is_injected(x) or _is_sam_state(x)]
+    if not found and any("ascent_state" in jax.tree_util.keystr(p) for p, _ in nodes):
+        raise ValueError(
+            "The optimizer state holds dicts in the place of a SAM state, as from a "
+            "checkpoint that was restored without a target. Restore it with "
+            "tx.init(params) as the target."
+        )
     if len(found) != 1:
         listed = ", ".join(
             "opt_state" + jax.tree_util.keystr(path) for path, _ in found
@@ -85,14 +91,16 @@ _WRAPPERS = {
 def _check_first(state: Any) -> None:
     """Refuses an optimizer before SAM in its `optax.chain`, whose state is a tuple.
 
-    What has no state, such as clipping, may be there: it acts on d, as after SAM.
+    What has no state, such as clipping, may be there: it acts on d, as after SAM. An
+    optimizer without a state, as plain SGD, is a chain itself.
     """
     if not isinstance(state, tuple) or _is_sam_state(state):
         return
     for position, member in enumerate(state):
         is_sam = _is_sam_state(member) or _is_injected(member)
         before = state[:position] if type(state) is tuple else ()
-        if is_sam and jax.tree.leaves(before):
+        is_chain_before = any(type(other) is tuple and other for other in before)
+        if is_sam and (is_chain_before or jax.tree.leaves(before)):
             raise ValueError(
                 "The SAM transformation must come first in its chain, and another one "
                 "comes before it. That one would act on the gradient that the "

@@ -13,6 +13,7 @@ from sam_optax._doors.groups import (
     number_of_groups,
     over_groups,
 )
+from sam_optax._sharding import is_spread
 from sam_optax._step.inputs import Choice
 
 
@@ -28,6 +29,17 @@ class Grouping(NamedTuple):
         """Whether all examples share a perturbation, on all devices."""
         return self.m is None and (self.axis is None or self.axis.is_one_group)
 
+    def _map_of(self, groups: int, is_spread: bool) -> str:
+        if self.map_groups == "vmap" and is_spread:
+            raise ValueError(
+                "map_groups='vmap' does not work with parameters that are spread over "
+                "a mesh of explicit axes: each group would need a layout of its own. "
+                "Leave map_groups= out, or make the mesh with axis_types= "
+                "jax.sharding.AxisType.Auto."
+            )
+        alone = self.axis is not None or is_spread
+        return self.map_groups or default_map(groups, is_alone=alone)
+
     def choose(
         self, rule: DataRule, batch: Batch, params: Any
     ) -> tuple[Choice, PerGroup | None]:
@@ -35,12 +47,13 @@ class Grouping(NamedTuple):
         axis, groups = self.axis, 1
         if axis is not None:
             axis.check()
+            axis.check_params(params)
             params = axis.vary(params)
         if self.m is None:
             choice, per_group = choose(rule, batch, params), None
         else:
             groups = number_of_groups(batch, self.m)
-            how = self.map_groups or default_map(groups, is_mapped=axis is not None)
+            how = self._map_of(groups, is_spread(params))
             vary = (lambda tree: tree) if axis is None else axis.vary
             choice, per_group = over_groups(batch, params, rule, self.m, how, vary)
         if axis is None:

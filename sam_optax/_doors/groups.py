@@ -94,14 +94,15 @@ class _Said:
     sees_one_loss: bool
 
 
-def default_map(count: int, *, is_mapped: bool = False) -> str:
+def default_map(count: int, *, is_alone: bool = False) -> str:
     """How groups run if nothing is said, by what `benchmarks/groups.py` measures.
 
     Over several devices under jit, a loop would take the groups of one device after
-    those of another. Elsewhere all groups are on one device, where each in a program of
-    its own is fastest, as long as compiling that many is bearable.
+    those of another. Elsewhere all groups are on one device (or each is on all, if the
+    parameters are spread), where each in a program of its own is fastest, as long as
+    compiling that many is bearable.
     """
-    if jax.device_count() > 1 and not is_mapped:
+    if jax.device_count() > 1 and not is_alone:
         return "vmap"
     return "unroll" if count <= 16 else "scan"
 
@@ -189,7 +190,9 @@ class _Scan(_Unroll):
             averaged, kept = function(*group)
             return jax.tree.map(_add, total, _tree.at_least_float32(averaged)), kept
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), like
+        )
         start = self.vary(_tree.at_least_float32(zeros))
         total, each = jax.lax.scan(body, start, values)
         return self._mean(total, like), each

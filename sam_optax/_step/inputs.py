@@ -332,6 +332,14 @@ def check_call(
             f"this gradient, {mismatch}."
         )
     taken = grad_fn.seen if isinstance(grad_fn, Choice) else None
+    mismatch = taken and _tree.mismatch(taken.gradient, updates)
+    if mismatch:
+        raise ValueError(
+            "The gradients that came with grad_fn= are of other parameters than those "
+            f"of this update: in what came, {mismatch}. In Flax NNX, pass the same "
+            "wrt= to the helper and to the optimizer; two optimizers need a helper "
+            "each."
+        )
     if taken is not None and not may_be_same(taken.gradient, updates):
         warnings.warn(
             "The gradients are not those that came with grad_fn=: something has "
