@@ -99,7 +99,8 @@ def sam_value_and_grad(
       map_groups: how the groups of m run: `"vmap"` together, `"unroll"` in a program
         that contains each, `"scan"` one after another, which needs the memory of one
         group only, and costs a forward pass more. Default None: under jit with several
-        devices `"vmap"`; else `"unroll"` up to 16 groups, and `"scan"` beyond.
+        devices `"vmap"`; else, and with parameters that are spread over a mesh of
+        explicit axes, `"unroll"` up to 16 groups, and `"scan"` beyond.
       axis_name: the axis, or axes, of a `pmap` or `shard_map` over which the batch is
         spread. Gradients and the loss are averaged over it; do not do so again. The
         auxiliary output is that of the device. Default None: under `jit` with sharded
