@@ -12,8 +12,8 @@ labels, from one training each, and is then tested on other seeds, which give th
 labels, the first weights and the order. SGD and AdamW choose the learning rate. The
 others have SGD's, and choose the radius; `sgd_decay` chooses the weight decay. They try
 two values, and go on by factors of two until the best one has worse neighbours, or six
-are tried. `sgd_twice` is SGD for twice the epochs, and `late_sam` is SAM in the second
-half of the epochs.
+are tried; where training fails with all, smaller values follow. `sgd_twice` is SGD for
+twice the epochs, and `late_sam` is SAM in the second half of the epochs.
 
 The statistics of batch normalisation come from the pass at the parameters, for which
 momentum-SAM needs a forward pass more, counted as a third of a gradient.
@@ -53,6 +53,7 @@ from resnet import ResNet, convolve_by_matmul
 from training import PLAIN, decayed_sgd, draw_batches
 
 STEM = (5, 4)  # size and stride of the first convolution
+FAILED = 15  # % of right answers, where ten are to be had by chance
 WATCHED = 2000  # test images that are looked at after each epoch, at most
 SETTING = ("learning_rate", "rho", "weight_decay")
 CURVES = ["loss", "ascended", "seconds", "test"]  # of each epoch
@@ -202,7 +203,7 @@ class SmallResNet(Experiment):
             # Of these alone, so that a resumed run goes the same way.
             seen = self.runs.of(on="validation", method=name, noise=noise)
             seen = [run for run in seen if run[entry.chooses] in tried]
-            best = max(seen, key=lambda run: run["validation"])[entry.chooses]
+            best = max(seen, key=functools.partial(rank, entry))[entry.chooses]
             if min(tried) < best < max(tried):
                 return
             tried.append(best * 2 if best == max(tried) else best / 2)
@@ -324,6 +325,12 @@ class SmallResNet(Experiment):
             if cells:
                 rows.append([name, str(noise), entry.chooses, ", ".join(cells)])
         self.table(("method", "% wrong", "chooses", "validation"), rows)
+
+
+def rank(entry: Entry, run: dict[str, Any]) -> tuple[float, float]:
+    """By accuracy; of values with which training fails, the smallest comes first."""
+    accuracy = run["validation"] if run["validation"] > FAILED else 0
+    return accuracy, -run[entry.chooses]
 
 
 def draw_points(title: str, groups: dict[str, Runs], key: str, unit: float, axes):
