@@ -39,6 +39,7 @@ collective operation in a loop once.
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -689,6 +690,8 @@ def report(
         "optax": optax.__version__,
         "sam_optax": sam_optax.__version__,
     }
+    if any(setting.target == "TPU" for setting in results):
+        versions["libtpu"] = importlib.metadata.version("libtpu")
     about = ", ".join(f"{name} {version}" for name, version in versions.items())
     page = "\n\n".join(
         [

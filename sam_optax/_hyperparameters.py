@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_number
-from sam_optax._parts import follow, following
+from sam_optax._parts import climb, follow, following
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -86,8 +86,8 @@ def scheduled(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         step, part_state = state
-        updates, part_state = part_at(step).update(
-            updates, part_state, params, **extra_args
+        updates, part_state, _ = climb(
+            part_at(step), updates, part_state, params, extra_args
         )
         return updates, ScheduledState(optax.safe_increment(step), part_state)
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._checks import require_params
-from sam_optax._parts import Ascent, follow, following, follows, uses_gradient
+from sam_optax._parts import Ascent, follow, following, follows, run, uses_gradient
 
 Mask = Any  # a tree of bools, or a function of the parameters that returns one
 
@@ -66,8 +66,8 @@ def _check_leaves(tree: Any, params: Any) -> None:
         if path not in known:
             name = jax.tree_util.keystr(path)
             remedy = (
-                " A mask of NNX variables does not fit the arrays of an update: pass a "
-                "function of the parameters."
+                " If it is a mask of NNX variables, it does not fit the arrays of an "
+                "update: pass a function of the parameters."
             )
             raise ValueError(
                 f"The mask has {name}, and the parameters do not."
@@ -136,8 +136,13 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
         tree = resolve_mask(mask, params)
         extra_args |= _functions_of_masked_params(extra_args, tree, params)
         masked_state: Any
-        perturbation, masked_state = inner(tree).update(
-            updates, optax.MaskedState(state), params, **extra_args
+        perturbation, masked_state = run(
+            ascent,
+            inner(tree).update,
+            updates,
+            optax.MaskedState(state),
+            params,
+            **extra_args,
         )
         perturbation = jax.tree.map(
             lambda keep, e, zero: e if keep else zero,

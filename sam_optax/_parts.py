@@ -122,7 +122,8 @@ def following(
 
     def update_fn(updates, state, params=None, **extra_args):
         _note(both)
-        return inner.update(updates, state, params, **extra_args)
+        perturbation, state, _ = climb(inner, updates, state, params, extra_args)
+        return perturbation, state
 
     outer = Ascent(inner.init, update_fn)
     if isinstance(inner, Ascent):
@@ -164,10 +165,21 @@ def climb(
     if isinstance(ascent, Ascent) and ascent.climb is not None:
         return ascent.climb(g, state, params, **extra_args)
     update = optax.with_extra_args_support(ascent).update
+    perturbation, state = run(ascent, update, g, state, params, **extra_args)
+    return perturbation, state, None
+
+
+def run(
+    ascent: optax.GradientTransformation,
+    update: Callable[..., Any],
+    *args: Any,
+    **extra_args: Any,
+) -> Any:
+    """What an update returns that runs the one of an ascent; an error as in `climb`."""
     followers: list[Follow] = []
     token = _followers.set(followers)
     try:
-        perturbation, state = update(g, state, params, **extra_args)
+        result = update(*args, **extra_args)
     finally:
         _followers.reset(token)
     if followers and not follows(ascent):
@@ -179,7 +191,7 @@ def climb(
             "hyperparameters into the whole method: "
             "optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
         )
-    return perturbation, state, None
+    return result
 
 
 def follow(

@@ -69,15 +69,20 @@ class Recorder:
         self._columns: tuple[str, ...] | None = None  # the user's, from the first step
 
     def add(
-        self, loss: Any, report: Report, *, step: int | None = None, **columns: Any
+        self,
+        loss: Any,
+        report: Report,
+        *,
+        step: int | jax.Array | None = None,
+        **columns: Any,
     ) -> None:
         """Records a step, or several that a `jax.lax.scan` has stacked.
 
         Args:
           loss: the loss at the parameters; shape (), or (steps,) from a scan.
           report: `grads.report` of the step, with leaves of the same shape.
-          step: the number of the step, or of the first of several. Default None: one
-            more than the last.
+          step: the number of the step, or of the first of several. A JAX integer waits
+            for the step that computes it. Default None: one more than the last.
           columns: further numbers of the step by name, such as `accuracy=accuracy`, of
             the same shape as the loss. Every step must have the same columns.
 

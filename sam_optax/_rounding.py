@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sam_optax import _tree
 from sam_optax._masks import Mask, resolve_mask
 from sam_optax._random import Key, key_stream
-from sam_optax._sharding import layout_of
+from sam_optax._sharding import layout_for_new
 
 
 class Rounding:
@@ -98,6 +98,6 @@ def round_at_random(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     neighbour = jnp.nextafter(nearest, towards)
     gap = neighbour.astype(x.dtype) - nearest.astype(x.dtype)
     # The neighbour is taken with probability error / gap.
-    drawn = jax.random.uniform(key, x.shape, x.dtype, out_sharding=layout_of(x))
+    drawn = jax.random.uniform(key, x.shape, x.dtype, out_sharding=layout_for_new(x))
     to_neighbour = drawn * jnp.abs(gap) < jnp.abs(error)
     return jnp.where(to_neighbour, neighbour, nearest)

@@ -41,6 +41,14 @@ def layout_of(x: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, sharding.spec)
 
 
+def layout_for_new(x: Any) -> NamedSharding | None:
+    """`layout_of`, for a new array that is made beside x.
+
+    Outside of `jax.set_mesh`, JAX does not know which devices a new array is for.
+    """
+    return None if jax.sharding.get_abstract_mesh().empty else layout_of(x)
+
+
 def _spread(x: jax.Array, *leading: Any) -> jax.Array:
     """x with its leading axes on these mesh axes, and the others as they are."""
     sharding = jax.typeof(x).sharding

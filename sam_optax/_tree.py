@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax._sharding import layout_of
+from sam_optax._sharding import layout_for_new
 
 Tree = Any
 Scalar = jax.Array | float
@@ -336,7 +336,7 @@ def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tr
             jax.random.fold_in(key, index),
             leaf.shape,
             leaf.dtype,
-            out_sharding=layout_of(leaf),
+            out_sharding=layout_for_new(leaf),
         )
         for index, leaf in enumerate(leaves)
     ]

@@ -8,7 +8,6 @@ that imports Flax.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -38,8 +37,10 @@ def value_and_ascent_grad(
     The model's random streams, batch statistics and other variables advance once per
     step, as those of a plain step do: in the pass at the parameters. The second pass
     starts from a copy of what they were before it, so it sees the same dropout masks,
-    and what it changes is forgotten. With value_at="perturbed" it is the other way
-    round: they advance as the second pass says, when the optimizer updates the model.
+    and what it changes is forgotten. What loss_fn itself assigns to variables that are
+    trained is forgotten too: do that after the optimizer's update. With
+    value_at="perturbed" it is the other way round: they advance as the second pass
+    says, when the optimizer updates the model.
 
     Args:
       loss_fn: the model, and any further arguments, -> loss, or (loss, aux).
@@ -67,9 +68,6 @@ def value_and_ascent_grad(
       ValueError: as `sam_optax.value_and_ascent_grad`; if the model has no variables of
         the kind wrt; if loss_fn adds variables to the model, as `sow` does, or changes
         a module, a metric or random streams that are among its further arguments.
-
-    Warns:
-      if loss_fn changes a variable of the kind wrt. The change is lost.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sam_optax, sam_optax.nnx
@@ -117,7 +115,7 @@ def value_and_ascent_grad(
                     raise ValueError(_CHANGED_ARGUMENT) from error
                 loss, aux = loss_and_aux(returned, has_aux)
                 _, trained, changed = nnx.split(copied, wrt, ...)
-                _check_trained(params, nnx.as_pure(trained))
+                _check_same_variables(params, nnx.as_pure(trained))
                 return loss, (aux, nnx.as_pure(changed))
 
             return pure_loss_fn
@@ -169,22 +167,9 @@ _CHANGED_ARGUMENT = (
     "or an nnx.Metric among its arguments, or one that it has closed over. It cannot "
     "be changed while gradients are taken. Make random streams a part of the model, "
     "return what a metric needs as the auxiliary output (has_aux=True), and update the "
-    "metric after the gradients."
+    "metric after the gradients. If it is a part of the model, inside of "
+    "jax.checkpoint, jax.jit or jax.lax, take nnx.remat, nnx.jit and the like instead."
 )
-
-
-def _check_trained(before: Any, after: Any) -> None:
-    """Refuses added variables that would be trained, and warns of changed ones."""
-    _check_same_variables(before, after)
-    known = dict(nnx.to_flat_state(before))
-    for path, value in nnx.to_flat_state(after):
-        if value is not known[path]:
-            warnings.warn(
-                f"loss_fn changes the variable {'.'.join(map(str, path))}, which is "
-                "trained, and the change is lost: it would be one of w in the one pass "
-                "and of w + ε in the other. Change it after the optimizer's update.",
-                stacklevel=2,
-            )
 
 
 def _check_same_variables(before: Any, after: Any) -> None:

@@ -310,6 +310,14 @@ def test_a_radius_of_another_dtype_under_strict_promotion(norm):
     assert float(estimate) == pytest.approx(32 * float(wanted.sharpness), rel=1e-12)
 
 
+def test_zero_radius_has_zero_sharpness_even_without_a_gradient():
+    def root(w, x):  # its gradient at 0 is NaN
+        return jnp.sqrt(jnp.sum(w**2)) * x.mean()
+
+    for measure in (sharpness.worst_case, sharpness.surrogate_gap):
+        assert measure(root, jnp.zeros(2), jnp.ones(3), rho=0.0).sharpness == 0
+
+
 def test_zero_radius_has_zero_sharpness():
     params, data = network()
     rises = [

@@ -293,6 +293,19 @@ def test_parts_of_parameters_are_not_averaged(check_vma):
         check_vma=check_vma,
     )
     w, x = {"w": jnp.arange(4.0)}, jnp.ones((2, 4))
+    # Parts along another axis than that of the batch are no mistake.
+    along_model = jax.shard_map(
+        lambda w, x: (
+            sam_optax.sam_value_and_grad(
+                lambda w, x: jnp.mean((x * w["w"].sum()) ** 2), sam, axis_name="data"
+            )(w, x, opt_state=sam.init(w))[1].gradients
+        ),
+        mesh=table.make_mesh(data=2, model=2),
+        in_specs=(P("model"), P("data")),
+        out_specs=P("model"),
+        check_vma=check_vma,
+    )
+    assert jax.eval_shape(along_model, w, x)["w"].shape == (4,)
     if check_vma:
         with pytest.raises(ValueError, match=r"params\['w'\] differs along the axis"):
             jax.jit(mapped)(w, x)

@@ -302,17 +302,31 @@ def test_nnx_trained_variables_that_a_pass_adds_are_refused():
         gradients(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), *data(0))
 
 
-def test_nnx_trained_variables_that_a_pass_changes_are_warned_of():
+def test_nnx_trained_variables_that_a_pass_changes_stay_as_they_were():
     def loss_fn(model, x, y):
         model.kernel[...] = jnp.clip(model.kernel[...], -0.1, 0.1)
         return jnp.mean(jnp.square(model(x)[..., 0] - y))
 
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     before = model.kernel[...]
-    gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
-    with pytest.warns(UserWarning, match=r"changes the variable kernel.*is lost"):
-        gradients(model, *data(0))
+    sam_optax.nnx.value_and_ascent_grad(loss_fn)(model, *data(0))
     assert_trees_equal(model.kernel[...], before)
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_nnx_transforms_inside_of_the_loss(transform):
+    def loss_fn(model, x, y):
+        return jnp.mean(jnp.square(transform(Nnx.__call__)(model, x) - y))
+
+    model, plain = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(0))
+    found = sam_optax.nnx.value_and_ascent_grad(loss_fn)(model, *data(0))
+    expected = sam_optax.nnx.value_and_ascent_grad(
+        lambda model, x, y: jnp.mean(jnp.square(model(x) - y))
+    )(plain, *data(0))
+    assert_trees_close(found[0], expected[0], rtol=1e-6)
+    states = (nnx.state(m, nnx.BatchStat) for m in (model, plain))
+    assert_trees_close(*states, rtol=1e-6)
+    assert model.dropout.rngs.count[...] == plain.dropout.rngs.count[...] == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit])

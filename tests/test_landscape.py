@@ -83,6 +83,24 @@ def test_filters_and_directions_of_a_small_kernel():
     assert np.any(other["kernel"] != v["kernel"])
 
 
+def test_two_directions_that_nearly_lie_on_one_line_span_a_plane():
+    w, x = jnp.zeros(2), jnp.ones((3, 2))
+
+    def measure(second):
+        return sharpness.over_plane(
+            lambda w, x: jnp.mean(x @ w),
+            w,
+            x,
+            [jnp.array([1.0, 0.0]), second],
+            [0],
+            [0],
+        )
+
+    assert measure(jnp.array([1.0, 0.004])).losses == 0
+    with pytest.raises(ValueError, match="orthogonal to the first"):
+        measure(jnp.array([1.0, 1e-4]))
+
+
 def test_biases_of_convolutions_are_not_filters():
     """Equinox gives them the axes of the image; Flax has no such biases."""
     wide = 1.0 + jnp.arange(4.0).reshape(4, 1, 1)

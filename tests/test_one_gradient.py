@@ -354,6 +354,9 @@ def test_follow_sees_the_parameters_and_a_masked_tree_of_each():
         lambda part: ascents.chain(part, optax.chain(part)),
         lambda part: ascents.with_state_dtype(optax.chain(part)),
         lambda part: ascents.ascend_repeatedly(optax.chain(ascents.sam(), part), 2),
+        lambda part: ascents.following(
+            optax.chain(part), lambda d, state, params: state
+        ),
         lambda part: functools.reduce(lambda inner, _: optax.chain(inner), "xyz", part),
     ],
 )
@@ -364,6 +367,15 @@ def test_a_wrapper_that_would_not_hand_d_on_is_refused(wrap):
         state = sam.init(w)
         with pytest.raises(ValueError, match="does not hand d on"):
             sam.update(grad_fn(w), state, w, grad_fn=grad_fn)
+
+
+def test_a_tilt_refuses_an_ascent_that_follows_d_in_vain():
+    hidden = optax.chain(ascents.msam(0.3))
+    descent = descents.tilt([hidden])
+    sam, w = sam_optax.sharpness_aware(ascents.sam(0.1), descent=descent), split(W)
+    helper = sam_optax.sam_value_and_grad(quadratic, sam)
+    with pytest.raises(ValueError, match="does not hand d on"):
+        helper(w, opt_state=sam.init(w))
 
 
 def test_labels_and_schedules_hand_d_on():

@@ -23,6 +23,7 @@ import newer_methods
 import one_example
 import one_gradient_figure
 import resnet
+import small_resnet
 import which_method
 import which_method_figure
 from sam_optax import sharpness
@@ -318,6 +319,27 @@ def test_runs_of_other_versions_are_kept_and_named(tmp_path, capsys):
     report = json.loads(path.read_text(encoding="utf-8"))
     assert (report["versions"], report["earlier_versions"]) == (now, [then])
     assert len(report["runs"]) == 3
+
+
+def test_a_resumed_run_remembers_all_versions(tmp_path, monkeypatch):
+    for version in "ABC":
+        monkeypatch.setattr(harness, "versions", lambda v=version: {"jax": v})
+        argv = ["--output", str(tmp_path), "--seeds", str("ABC".index(version) + 1)]
+        Slow.main([*argv, "--resume"])
+    text = (tmp_path / "test_papers.json").read_text(encoding="utf-8")
+    assert json.loads(text)["earlier_versions"] == [{"jax": "A"}, {"jax": "B"}]
+
+
+def test_where_trainings_fail_the_smallest_radius_comes_first():
+    entry = small_resnet.ENTRIES["sam"]
+
+    def best(**accuracies):
+        runs = [{"rho": float(k[1:]), "validation": v} for k, v in accuracies.items()]
+        return max(runs, key=lambda run: small_resnet.rank(entry, run))["rho"]
+
+    assert best(r2=9.8, r1=9.3, r4=14.9) == 1
+    assert best(r2=16.0, r1=14.0) == 2
+    assert best(r2=40.0, r1=41.0, r4=40.5) == 1
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):

@@ -45,17 +45,19 @@ def test_an_optimizer_before_sam_is_refused(wrap):
 
 
 def test_a_state_that_was_restored_as_dicts_says_how_to_restore_it():
-    fsam = sam_optax.fsam()
-    state = optax.chain(fsam, optax.sgd(0.1)).init(W)
 
     def as_dicts(node):
         if hasattr(node, "_asdict"):
             return {k: as_dicts(v) for k, v in node._asdict().items()}
         return [*map(as_dicts, node)] if isinstance(node, tuple) else node
 
-    helper = sam_optax.sam_value_and_grad(loss_fn, fsam)
-    with pytest.raises(ValueError, match=r"with tx.init\(params\) as the target"):
-        helper(W, opt_state=as_dicts(state))
+    for method in (sam_optax.fsam(), sam()):
+        state = optax.chain(method, optax.sgd(0.1)).init(W)
+        helper = sam_optax.sam_value_and_grad(loss_fn, method)
+        with pytest.raises(ValueError, match=r"with tx.init\(params\) as the target"):
+            helper(W, opt_state=as_dicts(state))
+    with pytest.raises(ValueError, match="found no SAM state"):
+        helper(W, opt_state=as_dicts(optax.adam(0.1).init(W)))
 
 
 def test_clipping_before_sam_acts_as_after_it_through_the_first_door():

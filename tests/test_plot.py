@@ -412,6 +412,9 @@ def test_a_recorder_takes_reports_only(loss, report, message):
         sam_optax.Recorder().add(1.0, SCALAR, step=1.5)
     with pytest.raises(TypeError, match="step must be an integer"):
         sam_optax.Recorder().add(1.0, SCALAR, step=jnp.arange(2))
+    for step in (jnp.float32(1.5), jnp.bool_(True)):
+        with pytest.raises(TypeError, match="step must be an integer"):
+            sam_optax.Recorder().add(1.0, SCALAR, step=step)
     with pytest.raises(TypeError, match="keeps values, not tracers"):
         jax.jit(lambda loss: sam_optax.Recorder().add(loss, SCALAR))(1.0)
     with pytest.raises(TypeError, match="log must be a function"):

@@ -315,6 +315,8 @@ class Experiment:
             complete = {"runs", "settings", "versions"} <= report.keys()
         except (ValueError, AttributeError):
             complete = False
+        if not complete and self.args.overwrite:
+            return None
         if not complete:
             raise DataError(
                 f"{self.path} is damaged, or not a file of this script. Move it away, "
@@ -337,7 +339,8 @@ class Experiment:
         if then != now and then not in self.earlier:
             self.earlier = [*self.earlier, then]
             changed = [f"{k} {v}" for k, v in then.items() if now.get(k) != v]
-            self.print(f"The runs so far are of {', '.join(changed)}; they are kept.")
+            made = ", ".join(changed) or "other packages"
+            self.print(f"The runs so far are of {made}; they are kept.")
 
     def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)

@@ -31,7 +31,7 @@ def find_sam_state(
         opt_state, is_leaf=lambda x: _is_injected(x) or _is_sam_state(x)
     )
     found = [(path, x) for path, x in nodes if _is_injected(x) or _is_sam_state(x)]
-    if not found and any("ascent_state" in jax.tree_util.keystr(p) for p, _ in nodes):
+    if not found and _has_dict_of_sam(opt_state):
         raise ValueError(
             "The optimizer state holds dicts in the place of a SAM state, as from a "
             "checkpoint that was restored without a target. Restore it with "
@@ -91,8 +91,8 @@ _WRAPPERS = {
 def _check_first(state: Any) -> None:
     """Refuses an optimizer before SAM in its `optax.chain`, whose state is a tuple.
 
-    What has no state, such as clipping, may be there: it acts on d, as after SAM. An
-    optimizer without a state, as plain SGD, is a chain itself.
+    What has no state, such as clipping, may be there: it acts on d, as after SAM. But a
+    chain may not, even without a state, because plain SGD is one.
     """
     if not isinstance(state, tuple) or _is_sam_state(state):
         return
@@ -105,9 +105,21 @@ def _check_first(state: Any) -> None:
                 "The SAM transformation must come first in its chain, and another one "
                 "comes before it. That one would act on the gradient that the "
                 "perturbation is made of, not on the one to descend on. Build the "
-                "optimizer as optax.chain(sam, ...)."
+                "optimizer as optax.chain(sam, ...); a chain of clippings belongs "
+                "after SAM as well."
             )
         _check_first(member)
+
+
+def _has_dict_of_sam(opt_state: Any) -> bool:
+    """Whether a SAM state has become a dict, as in a checkpoint without a target."""
+
+    def is_dict_of_sam(node):
+        fields = SharpnessAwareState._fields
+        return isinstance(node, dict) and set(fields) <= set(node)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_dict_of_sam)
+    return any(map(is_dict_of_sam, nodes))
 
 
 def _holds_sam(node: Any) -> bool:

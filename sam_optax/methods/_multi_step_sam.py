@@ -9,7 +9,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_static_integer, require_grad_fn, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule
-from sam_optax._parts import follow, following, follows, uses_gradient
+from sam_optax._parts import climb, follow, following, follows, uses_gradient
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
@@ -57,14 +57,14 @@ def ascend_repeatedly(
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         extra_args = {**extra, "grad_fn": grad_fn, "perturb": perturb}
-        step, new_state = ascent.update(updates, state, params, **extra_args)
+        step, new_state, _ = climb(ascent, updates, state, params, extra_args)
         perturbation = _tree.scale(1 / steps, step)
         for _ in range(steps - 1):
             require_params(params, "ascend_repeatedly")
             require_grad_fn(grad_fn, "ascend_repeatedly")
             g = _tree.at_least_float32(grad_fn(perturb(params, perturbation)))
             extra_args["ascent_gradient"] = g
-            step, _ = ascent.update(g, state, params, **extra_args)
+            step, _, _ = climb(ascent, g, state, params, extra_args)
             perturbation = _tree.add_scaled(perturbation, 1 / steps, step)
         return perturbation, new_state
 

@@ -57,7 +57,9 @@ class _Ball(NamedTuple):
 
     def steepest(self, gradient: Any) -> Any:
         """The δ with ‖δ‖ = ρ along which the loss rises fastest."""
-        gradient = self.stretch(gradient)
+        # With ρ = 0 there is no way to go, even where the gradient is NaN.
+        known = jax.tree.map(lambda g: jnp.where(self.rho == 0, 0, g), gradient)
+        gradient = self.stretch(known)
         if self.norm == "l2":
             return _tree.scale(self.rho, _tree.unit(gradient))
         return _tree.scale(self.rho, jax.tree.map(jnp.sign, gradient))

@@ -362,10 +362,11 @@ def _check_direction(name: str, direction: Any, params: Any) -> Any:
 
 def _check_span_a_plane(u: Any, v: Any) -> None:
     cosine = abs(_cosine(u, v))
-    if not isinstance(cosine, Tracer) and cosine > 1 - 1e-5:
+    if not isinstance(cosine, Tracer) and cosine > 1 - 1e-6:
         raise ValueError(
             "Both directions lie on one line, so they span no plane. Draw random "
-            "directions with different keys."
+            "directions with different keys; of other directions, take the part of the "
+            "second that is orthogonal to the first."
         )
 
 
