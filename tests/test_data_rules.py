@@ -169,22 +169,22 @@ def test_the_descent_selects_by_the_increase_of_the_loss(
 
 
 @pytest.mark.parametrize("m", [None, 6])
-@pytest.mark.parametrize("name", ["gsam", "stable_sam", "wsam", "look_sam"])
-def test_a_selection_at_the_perturbed_point_is_not_compared(name, m):
+def test_a_selection_at_the_perturbed_point_is_not_compared(m):
     """g is that of other examples, and which ones is known too late."""
-    tx = getattr(sam_optax, name)()
-    helper = sam_optax.sam_value_and_grad(
-        losses, tx, data=largest_increase(0.5), m=m, **BOTH
-    )
     w, batch = make_params(), make_batch()
-    with pytest.raises(ValueError, match="would compare the examples"):
-        helper(w, *batch, opt_state=tx.init(w))
-    for alone in (sam_optax.esam(), sam_optax.fsam(), sam_optax.sam_every_k()):
-        helper = sam_optax.sam_value_and_grad(
-            losses, alone, data=largest_increase(0.5), m=m, **BOTH
+    rule = largest_increase(0.5)
+
+    def gradients_of(tx):
+        helper = sam_optax.sam_value_and_grad(losses, tx, data=rule, m=m, **BOTH)
+        return jax.eval_shape(
+            lambda w: helper(w, *batch, opt_state=tx.init(w))[1].gradients, w
         )
-        _, grads = helper(w, *batch, opt_state=alone.init(w))
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads.gradients))
+
+    for name in ("gsam", "stable_sam", "wsam", "look_sam"):
+        with pytest.raises(ValueError, match="would compare the examples"):
+            gradients_of(getattr(sam_optax, name)())
+    for name in ("esam", "fsam", "sam_every_k"):
+        gradients_of(getattr(sam_optax, name)())
 
 
 @pytest.mark.parametrize("k", [1, 5, 12])

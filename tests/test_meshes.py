@@ -192,8 +192,14 @@ def test_data_rules_on_a_mesh_of_explicit_axes(rule):
     assert_trees_close(jax.device_get(actual), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("map_groups", [None, "unroll", "scan", "vmap"])
-@pytest.mark.parametrize("axis", ["data", "model"])
+@pytest.mark.parametrize(
+    ("axis", "map_groups"),
+    [("data", None), ("data", "scan"), ("data", "vmap")]
+    + [
+        pytest.param(axis, how, marks=pytest.mark.slow)
+        for axis, how in [("data", "unroll"), ("model", None), ("model", "scan")]
+    ],
+)
 def test_groups_with_parameters_sharded_over_explicit_axes(axis, map_groups):
     """A batch over one axis, and parameters over the same one or another."""
     sam = sam_optax.fsam(0.2)
