@@ -254,7 +254,7 @@ MEASURES = {
         sharpness.empirical_fisher(loss, w, X)
     ),
     "line": lambda loss, w: sharpness.along_line(loss, w, X, W, T),
-    "plane": lambda loss, w: sharpness.over_plane(loss, w, X, (W, W * jnp.arange(W.size)), T, T),
+    "plane": lambda loss, w: sharpness.over_plane(loss, w, X, (W, -W * T), T, T),
     "direction": lambda loss, w: sharpness.gradient_direction(loss, w, X),
 }
 

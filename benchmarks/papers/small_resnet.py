@@ -153,6 +153,12 @@ class SmallResNet(Experiment):
         sharpness=(500, 4, "training images that sharpness is measured on"),
         width=(24, 2, "channels of the first stage"),
         blocks=([1, 1, 1], [1], "residual blocks in each stage"),
+        learning_rate=(
+            None,
+            None,
+            "of SGD and of all that would have SGD's (default: what SGD chooses)",
+            {"type": float},
+        ),
         augment=("no", None, "crop and mirror images", {"choices": ["no", "yes"]}),
     )
 
@@ -195,13 +201,17 @@ class SmallResNet(Experiment):
         case = {"method": name, "noise": noise, "on": "validation"}
         case |= {"learning_rate": None, "rho": None, "seed": TUNING_SEED}
         case |= {"weight_decay": entry.weight_decay}
+        fixed = self.fixed(name)
+        if name == "sgd" and fixed:
+            yield case | fixed
+            return
         if name != "sgd" and entry.chooses != "learning_rate":
             case |= {"learning_rate": self.choice("sgd", noise)["learning_rate"]}
         tried = list(entry.first[: self.args.settings])
         yield from (case | {entry.chooses: value} for value in tried)
         while len(tried) < self.args.settings:
             # Of these alone, so that a resumed run goes the same way.
-            seen = self.runs.of(on="validation", method=name, noise=noise)
+            seen = self.runs.of(on="validation", method=name, noise=noise, **fixed)
             seen = [run for run in seen if run[entry.chooses] in tried]
             best = max(seen, key=functools.partial(rank, entry))[entry.chooses]
             if min(tried) < best < max(tried):
@@ -209,9 +219,16 @@ class SmallResNet(Experiment):
             tried.append(best * 2 if best == max(tried) else best / 2)
             yield case | {entry.chooses: tried[-1]}
 
+    def fixed(self, name: str) -> dict[str, float]:
+        """The learning rate, if it is given and the method has SGD's."""
+        rate, entry = self.args.learning_rate, ENTRIES[name]
+        has_own = name != "sgd" and entry.chooses == "learning_rate"
+        return {} if rate is None or has_own else {"learning_rate": rate}
+
     def choice(self, name: str, noise: int) -> dict[str, Any]:
         """The setting of the best accuracy on validation images."""
         tried = {"method": ENTRIES[name].like or name, "noise": noise}
+        tried |= self.fixed(name)
         best = self.runs.of(on="validation", **tried).best("validation", *SETTING)
         return {key: best[0][key] for key in SETTING}
 
