@@ -53,6 +53,7 @@ from resnet import ResNet, convolve_by_matmul
 from training import PLAIN, decayed_sgd, draw_batches
 
 STEM = (5, 4)  # size and stride of the first convolution
+LABELLED_ON_THE_LEFT = {"msam_one_pass", "fsam"}  # so that no labels overlap
 FAILED = 15  # % of right answers, where ten are to be had by chance
 WATCHED = 2000  # test images that are looked at after each epoch, at most
 SETTING = ("learning_rate", "rho", "weight_decay")
@@ -362,8 +363,10 @@ def draw_points(title: str, groups: dict[str, Runs], key: str, unit: float, axes
         near = [p for p in labels if abs(p[0] - cost) < 0.2 and abs(p[1] - mean) < 0.7]
         labels.setdefault(near[0] if near else (cost, mean), []).append(name)
     for place, names in labels.items():
-        offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        style = {"color": colour_of(names[0]), "fontsize": 6}
+        is_left = not LABELLED_ON_THE_LEFT.isdisjoint(names)
+        offset = {"xytext": (-8 if is_left else 8, 0), "textcoords": "offset points"}
+        style = {"color": colour_of(names[0]), "fontsize": 6, "va": "center"}
+        style["ha"] = "right" if is_left else "left"
         axes.annotate("\n".join(names), place, **offset, **style)
     axes.set(title=title, xlabel=f"{key}, of those of SGD", ylabel="test (%)")
     axes.set_xlim(0.5, 3)
