@@ -29,15 +29,15 @@ class Grouping(NamedTuple):
         """Whether all examples share a perturbation, on all devices."""
         return self.m is None and (self.axis is None or self.axis.is_one_group)
 
-    def _map_of(self, groups: int, is_spread: bool) -> str:
-        if self.map_groups == "vmap" and is_spread:
+    def _map_of(self, groups: int, params_are_spread: bool) -> str:
+        if self.map_groups == "vmap" and params_are_spread:
             raise ValueError(
                 "map_groups='vmap' does not work with parameters that are spread over "
                 "a mesh of explicit axes: each group would need a layout of its own. "
                 "Leave map_groups= out, or make the mesh with axis_types= "
                 "jax.sharding.AxisType.Auto."
             )
-        alone = self.axis is not None or is_spread
+        alone = self.axis is not None or params_are_spread
         return self.map_groups or default_map(groups, is_alone=alone)
 
     def choose(
