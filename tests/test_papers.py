@@ -342,6 +342,30 @@ def test_where_trainings_fail_the_smallest_radius_comes_first():
     assert best(r2=40.0, r1=41.0, r4=40.5) == 1
 
 
+def test_at_a_given_learning_rate_only_what_was_tried_there_is_reported(
+    directory, tmp_path, monkeypatch, capsys
+):
+    numbers = dict.fromkeys(["gradients", "seconds", "train", "validation"], 1.0)
+    numbers |= dict.fromkeys(["highest", "wrong_learned", "eigenvalue", "trace"], 1.0)
+    curves = {name: [1.0, 2.0] for name in small_resnet.CURVES}
+
+    def measure(self, learning_rate, **case):
+        return numbers | {"test": 100 * learning_rate, "curves": curves}
+
+    monkeypatch.setattr(small_resnet.SmallResNet, "measure", measure)
+    argv = ["--quick", "--data", str(directory), "--output", str(tmp_path), "--resume"]
+    small_resnet.SmallResNet.main([*argv, "--methods", "asam"])
+    assert "40 % wrong" in capsys.readouterr().out
+    argv += ["--noises", "0", "--learning-rate", "0.3", "--methods"]
+    small_resnet.SmallResNet.main([*argv, "sam"])
+    printed = capsys.readouterr().out
+    assert "0 % wrong" in printed
+    assert "40 % wrong" not in printed
+    table = printed.split("0 % wrong", 1)[1].split("chooses", 1)[0]
+    assert "30.0" in table
+    assert "asam" not in table
+
+
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     def measure(self, seed):
         if seed == 2:
