@@ -7,6 +7,7 @@ the plain operations.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +21,26 @@ def varying_axes(x: Any) -> frozenset[str]:
     manual = getattr(kind, "manual_axis_type", None)
     # Versions of JAX keep this in one of two attributes.
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
+def vary(tree: Any, axes: Iterable[str]) -> Any:
+    """The same values, marked as if they could differ along axes of a `shard_map`."""
+    axes = frozenset(axes)
+
+    def mark(x):
+        new = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, new, to="varying") if new else x
+
+    return jax.tree.map(mark, tree)
+
+
+def vary_like(tree: Any, other: Any) -> Any:
+    """The same values, marked as if they could differ where those of another tree can.
+
+    The branches of a `lax.cond`, and the start and the end of a loop, must be marked
+    alike.
+    """
+    return vary(tree, set().union(*map(varying_axes, jax.tree.leaves(other))))
 
 
 def first_axes(x: Any) -> Any:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._doors.groups import PathOfGroup, PerGroup
-from sam_optax._sharding import varying_axes
 from sam_optax._step.inputs import Choice, Pass
 
 
@@ -55,7 +55,7 @@ class Axis(NamedTuple):
     def check_params(self, params: Any) -> None:
         """Refuses parameters of which each device has a part, where types say so."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            different = sorted(varying_axes(leaf) & set(self.names))
+            different = sorted(sharding.varying_axes(leaf) & set(self.names))
             if different:
                 raise ValueError(
                     f"params{jax.tree_util.keystr(path)} differs along the axis "
@@ -74,11 +74,7 @@ class Axis(NamedTuple):
         own.
         """
 
-        def vary_leaf(x):
-            equal = [name for name in self.names if name not in varying_axes(x)]
-            return jax.lax.pcast(x, tuple(equal), to="varying") if equal else x
-
-        return jax.tree.map(vary_leaf, tree)
+        return sharding.vary(tree, self.names)
 
     def mean(self, tree: Any) -> Any:
         """Over all devices."""
@@ -118,8 +114,8 @@ def check_loss_is_averaged_once(axis: Axis, loss: jax.Array) -> None:
     a mean over it. Types say what varies under `shard_map` with its check of varying
     axes, and nothing elsewhere.
     """
-    seen_by_types = varying_axes(axis.vary(jnp.zeros(())))
-    averaged = sorted(seen_by_types - varying_axes(loss))
+    seen_by_types = sharding.varying_axes(axis.vary(jnp.zeros(())))
+    averaged = sorted(seen_by_types - sharding.varying_axes(loss))
     if averaged:
         raise ValueError(
             f"loss_fn returns a loss that is equal along the axis {averaged[0]!r}, as "
@@ -135,15 +131,15 @@ def check_loss_is_averaged(loss: jax.Array, params: optax.Params) -> None:
     JAX sums the gradients of replicated parameters over the axes along which the loss
     varies. The sum of means is too large by the number of devices.
     """
-    kept = [varying_axes(leaf) for leaf in jax.tree.leaves(params)]
-    summed = varying_axes(loss).difference(*kept)
+    kept = [sharding.varying_axes(leaf) for leaf in jax.tree.leaves(params)]
+    summed = sharding.varying_axes(loss).difference(*kept)
     if summed:
         raise ValueError(
             f"The loss differs along the axis {min(summed)!r} of a shard_map, and the "
             "parameters do not: JAX would sum their gradients over it. Pass "
-            f"axis_name={min(summed)!r}, too if you pass another one; or return from "
-            "loss_fn what is equal on all devices: jax.lax.pmean of the loss, or "
-            "jax.lax.psum of each device's share of it."
+            f"axis_name={min(summed)!r}, beside any other axis. Or let loss_fn return "
+            "what is equal on all devices: jax.lax.pmean of the loss, or jax.lax.psum "
+            "of each device's share of it."
         )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _sharding as sharding
 from sam_optax import _tree
 
 
@@ -57,30 +58,24 @@ def report_of(g: optax.Updates, there: AtPerturbed, loss: Any) -> Report:
     """The report of a step that ascended; `loss` is the one at w."""
     norm = _tree.norm(g)
     dtype = _loss_dtype(norm, loss)
-    # What is not known is a constant NaN. Adding a zero that is made of g makes it vary
-    # over the same mesh axes as g does, as the report of a step without ascent does.
-    zero = jnp.where(jnp.isfinite(norm), 0 * norm, 0)
-
-    def varying(x, dtype):
-        return jnp.asarray(x, dtype) + jnp.asarray(zero, dtype)
-
-    return Report(
-        perturbed_loss=varying(there.perturbed_loss, dtype),
-        surrogate_gap=varying(there.surrogate_gap, dtype),
+    report = Report(
+        perturbed_loss=jnp.asarray(there.perturbed_loss, dtype),
+        surrogate_gap=jnp.asarray(there.surrogate_gap, dtype),
         ascent_norm=norm,
         descent_norm=jnp.asarray(_tree.norm(there.descent_gradient), norm.dtype),
         cosine=jnp.asarray(_tree.cosine(g, there.descent_gradient), norm.dtype),
-        perturbation_norm=varying(there.perturbation_norm, norm.dtype),
+        perturbation_norm=jnp.asarray(there.perturbation_norm, norm.dtype),
         ascended=jnp.asarray(True),
     )
+    return sharding.vary_like(report, g)
 
 
 def report_without_ascent(g: optax.Updates, loss: Any) -> Report:
     """The report of a step that took no second gradient."""
     norm = _tree.norm(g)
-    missing = 0 * norm + unknown()  # varies over the mesh axes that g varies over
+    missing = jnp.asarray(unknown(), norm.dtype)
     missing_loss = jnp.asarray(missing, _loss_dtype(norm, loss))
-    return Report(
+    report = Report(
         perturbed_loss=missing_loss,
         surrogate_gap=missing_loss,
         ascent_norm=norm,
@@ -89,6 +84,7 @@ def report_without_ascent(g: optax.Updates, loss: Any) -> Report:
         perturbation_norm=missing,
         ascended=jnp.asarray(False),
     )
+    return sharding.vary_like(report, g)
 
 
 def _loss_dtype(norm: jax.Array, loss: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._masks import Mask, check_selects, masked, resolve_mask, restrict
@@ -309,14 +310,19 @@ def _cond(condition: bool | jax.Array, yes: Callable[[], Any], no: Callable[[], 
 
 
 def _as_decision(ascend: Any) -> bool | jax.Array:
-    """Whether a step ascends, as a Python bool where it is known when tracing."""
+    """Whether a step ascends, as a Python bool where it is known when tracing.
+
+    Outside of `jax.jit` it always is. A branch would be compiled there on each step.
+    """
     if isinstance(ascend, (bool, np.bool_)):
         return bool(ascend)
     if not isinstance(ascend, (jax.Array, np.ndarray)) or (
         ascend.shape != () or ascend.dtype != jnp.bool_
     ):
-        raise TypeError(f"ascend must be a bool or a scalar bool array, got {ascend!r}")
-    return jnp.asarray(ascend)
+        raise TypeError(
+            f"ascend must be a bool or a scalar bool array, got {ascend!r}."
+        )
+    return ascend if isinstance(ascend, Tracer) else bool(ascend)
 
 
 # --- The guard: values that are not finite appear in d, and never in the state.

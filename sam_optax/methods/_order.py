@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sam_optax import _sharding as sharding
+
 
 class Count(NamedTuple):
     """A number of entries, high · 2³² + low.
@@ -106,5 +108,5 @@ def above_quantile(scores: jax.Array, quantile: jax.Array) -> jax.Array:
     def is_low_enough(threshold):
         return sum_true(ranks >= threshold) >= wanted
 
-    zero = (0 * sum_true(ranks > 0)).astype(ranks.dtype)
+    zero = sharding.vary_like(jnp.zeros((), ranks.dtype), ranks)
     return ranks > greatest(is_low_enough, zero)

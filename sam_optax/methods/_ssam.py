@@ -261,14 +261,13 @@ def _masked_by(
         scores = scores_of(_tree.magnitude(g), fisher)
 
         def renewed():
-            return vary(renew(now, step, before, scores(), kept(_tree.size(g))))
+            mask = renew(now, step, before, scores(), kept(_tree.size(g)))
+            return sharding.vary_like(mask, g)
 
-        def vary(mask):
-            # lax.cond wants both branches to vary over the same mesh axes, those of g.
-            never = _tree.squared_norm(g) < 0
-            return jax.tree.map(lambda keep: keep | never, mask)
+        def unchanged():
+            return sharding.vary_like(before, g)
 
-        after = jax.lax.cond(step % every == 0, renewed, lambda: vary(before))
+        after = jax.lax.cond(step % every == 0, renewed, unchanged)
         updates = jax.tree.map(
             lambda u, keep: jnp.where(keep, u, 0 * u),
             _tree.at_least_float32(updates),
@@ -304,9 +303,8 @@ def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
 
     possible = count_true([r > 0 for r in ranks])
     wanted = wanted.smaller(possible)
-    # Made from the ranks, this zero varies over the mesh axes that they vary over.
-    zero = 0 * possible.low
-    threshold = greatest(is_low_enough, zero.astype(ranks[0].dtype))
+    zero = sharding.vary_like(jnp.zeros((), ranks[0].dtype), ranks)
+    threshold = greatest(is_low_enough, zero)
     above, ties = ([f(r, threshold) for r in ranks] for f in (jnp.greater, jnp.equal))
     room, shares = wanted.minus(count_true(above)), []
     for tie in ties:  # each leaf fills as much of the room as it can
@@ -324,7 +322,8 @@ def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:
     def fit(ends):
         return jnp.stack([sum_true(x) for x in first(ends)]) <= jnp.stack(shares)
 
-    ends = greatest(fit, jnp.stack([zero] * len(ties)))
+    nowhere = sharding.vary_like(jnp.zeros(len(ties), jnp.uint32), ranks)
+    ends = greatest(fit, nowhere)
     kept = [jnp.logical_or(*pair) for pair in zip(above, first(ends), strict=True)]
     return jax.tree.unflatten(structure, kept)
 
