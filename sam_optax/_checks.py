@@ -137,11 +137,11 @@ def tree_argument(extra_args: Any, name: str, like: Any, use: str) -> Any:
 
 
 def require_losses(perturbed_loss: Any, value_and_grad_fn: Any, part: str) -> None:
-    """For a descent that asks for losses; a chain around it hides that it asks."""
-    if value_and_grad_fn is None or isinstance(perturbed_loss, tuple | None):
+    """For a descent that uses losses, wherever it is called from."""
+    if value_and_grad_fn is None or perturbed_loss is None:
         raise ValueError(
             f"{part} needs perturbed_loss= and value_and_grad_fn=, which "
-            "sharpness_aware passes to a descent that asks for them. optax.chain hides "
-            f"that it asks: pass {part} itself as descent=, and put what shall follow "
-            "it after the whole method, in the chain of the optimizer."
+            "sharpness_aware passes where the step takes losses. grad_fn= returns the "
+            "gradient alone: take the gradients with sam_optax.sam_value_and_grad, or "
+            "pass on the extra arguments of sam_optax.value_and_ascent_grad."
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_number
-from sam_optax._parts import climb, follow, following
+from sam_optax._parts import Ascent, follow
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -73,7 +73,7 @@ def scheduled(
                     f"The schedule of {name} must return a scalar, and returned an "
                     f"array of shape {jnp.shape(value)}."
                 )
-        return optax.with_extra_args_support(make_part(**constants, **values))
+        return Ascent.of(make_part(**constants, **values))
 
     if not schedules:
         return part_at(None)
@@ -82,18 +82,11 @@ def scheduled(
         step = jnp.zeros((), jnp.int32)
         return ScheduledState(step, part_at(step).init(params))
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        step, part_state = state
-        updates, part_state, _ = climb(
-            part_at(step), updates, part_state, params, extra_args
-        )
-        return updates, ScheduledState(optax.safe_increment(step), part_state)
-
-    part = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    if not follows_d and uses_gradient:
-        return part
+    def climb_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        step, inner = state
+        part = part_at(step)
+        updates, inner, finite = part.climb(updates, inner, params, **extra_args)
+        return updates, ScheduledState(optax.safe_increment(step), inner), finite
 
     def follow_fn(d: Any, state: Any, params: Any) -> Any:
         # The update of this step has counted already.
@@ -101,8 +94,11 @@ def scheduled(
         followed = follow(part, d, state.scheduled_state, params)
         return state._replace(scheduled_state=followed)
 
-    return following(
-        part, follow_fn if follows_d else None, uses_gradient=uses_gradient
+    return Ascent.from_climb(
+        init_fn,
+        climb_fn,
+        follow=follow_fn if follows_d else None,
+        uses_gradient=uses_gradient,
     )
 
 

@@ -1,6 +1,5 @@
 """Masks: which leaves of the parameters are perturbed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._checks import require_params
-from sam_optax._parts import Ascent, follow, following, follows, run, uses_gradient
+from sam_optax._parts import Ascent, as_ascent, follow
 
 Mask = Any  # a tree of bools, or a function of the parameters that returns one
 
@@ -121,28 +120,19 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
     Norms run over the perturbed leaves only, and state is carried for them only.
     """
     check_mask("mask", mask)
+    whole = as_ascent(ascent)
 
-    def inner(mask):
-        return optax.masked(ascent, mask, mask_compatible_extra_args=True)
-
-    # Optax's masked wraps the state. We unwrap it, because a SAM state must not hold
-    # field names that Optax looks for.
     def init_fn(params):
-        state: Any = inner(lambda tree: resolve_mask(mask, tree)).init(params)
-        return state.inner_state
+        return whole.init(masked(resolve_mask(mask, params), params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def climb_fn(updates, state, params=None, **extra_args):
         require_params(params, "An ascent with a mask")
         tree = resolve_mask(mask, params)
-        extra_args |= _functions_of_masked_params(extra_args, tree, params)
-        masked_state: Any
-        perturbation, masked_state = run(
-            ascent,
-            inner(tree).update,
-            updates,
-            optax.MaskedState(state),
-            params,
-            **extra_args,
+        perturbation, state, finite = whole.climb(
+            masked(tree, updates),
+            state,
+            masked(tree, params),
+            **_masked_extra_args(extra_args, tree, params),
         )
         perturbation = jax.tree.map(
             lambda keep, e, zero: e if keep else zero,
@@ -150,16 +140,18 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
             perturbation,
             _tree.zeros_like(params),
         )
-        return perturbation, masked_state.inner_state
+        return perturbation, state, finite
 
     def follow_fn(d, state, params):
         tree = resolve_mask(mask, params)
-        return follow(ascent, masked(tree, d), state, masked(tree, params))
+        return follow(whole, masked(tree, d), state, masked(tree, params))
 
-    return following(
-        optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        follow_fn if follows(ascent) else None,
-        uses_gradient=uses_gradient(ascent),
+    return Ascent.from_climb(
+        init_fn,
+        climb_fn,
+        follow=follow_fn if whole.follow else None,
+        uses_gradient=whole.uses_gradient,
+        reads_gradient=whole.reads_gradient,
     )
 
 
@@ -168,13 +160,16 @@ def masked(tree: Any, values: Any) -> Any:
     return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), tree, values)
 
 
-def _functions_of_masked_params(
+def _masked_extra_args(
     extra_args: dict[str, Any], tree: Any, params: Any
-) -> dict[str, Callable[[Any], Any]]:
-    """The functions of a point that an ascent may call, for one that sees a mask.
+) -> dict[str, Any]:
+    """The extra arguments of an ascent, for one that sees the masked leaves alone.
 
-    They take and return masked trees. The other leaves of the point are as in params.
+    Trees that are built as the parameters are, such as `ascent_gradient`, are masked.
+    Functions of a point take and return masked trees; the other leaves of the point are
+    as in params.
     """
+    structure = jax.tree.structure(params)
 
     def mask_gradient(gradient):
         return masked(tree, gradient)
@@ -196,11 +191,12 @@ def _functions_of_masked_params(
         "descent_grad_fn": mask_gradient,
         "value_and_grad_fn": mask_value_and_gradient,
     }
-    made, functions = {}, {}
-    for name, mask_result in results.items():
-        function = extra_args.get(name)
-        if function is not None:
+    made, shown = {}, {}
+    for name, value in extra_args.items():
+        if name in results and value is not None:
             # Each function once: an ascent may ask whether two are the same.
-            own = made.setdefault(function, on_masked_params(function, mask_result))
-            functions[name] = own
-    return functions
+            value = made.setdefault(value, on_masked_params(value, results[name]))
+        elif jax.tree.structure(value) == structure:
+            value = masked(tree, value)
+        shown[name] = value
+    return shown

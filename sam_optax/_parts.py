@@ -1,8 +1,8 @@
 """What the axes of a method are made of: `Ascent`, `Descent` and `Cadence`."""
 
 import contextvars
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import optax
@@ -13,6 +13,16 @@ from sam_optax._checks import check_transformation
 Climb = Callable[..., tuple[optax.Updates, optax.OptState, jax.Array | None]]
 # (d, state, params) -> next state
 Follow = Callable[[optax.Updates, Any, Any], Any]
+
+
+class Facts(TypedDict, total=False):
+    """What is known of an ascent; the attributes of `Ascent` say what each means."""
+
+    follow: Follow | None
+    uses_gradient: bool
+    reads_gradient: bool
+    shows_nonfinite: bool
+    may_descend: bool
 
 
 class Ascent(optax.GradientTransformationExtraArgs):
@@ -32,37 +42,51 @@ class Ascent(optax.GradientTransformationExtraArgs):
         gradient is taken at the parameters, unless something else uses it.
       reads_gradient: whether, as a part of a chain, it finds g in the extra argument
         `ascent_gradient`. The chain then uses g even if a part before drops it.
+      shows_nonfinite: whether its output is not finite wherever what it uses is not:
+        its input, if it uses that, and what it carries. The norm of a chain knows of
+        all this only if the parts before it show it.
+      may_descend: whether it is somebody else's, such as a base optimizer, which points
+        against the gradient. It is then tried before the first step.
     """
 
-    climb: Climb | None = None
+    climb: Climb
     follow: Follow | None = None
     uses_gradient: bool = True
     reads_gradient: bool = False
+    shows_nonfinite: bool = False
+    may_descend: bool = False
 
     @classmethod
     def from_climb(
-        cls,
-        init: optax.TransformInitFn,
-        climb: Climb,
-        follow: Follow | None = None,
-        uses_gradient: bool = True,
+        cls, init: optax.TransformInitFn, climb: Climb, **facts: Unpack[Facts]
     ) -> "Ascent":
+        follow = facts.get("follow")
+
         def update_fn(updates, state, params=None, **extra_args):
             _note(follow)
             perturbation, state, _ = climb(updates, state, params, **extra_args)
             return perturbation, state
 
         ascent = cls(init, update_fn)
-        ascent.climb = climb
-        ascent.follow, ascent.uses_gradient = follow, uses_gradient
+        vars(ascent).update(facts, climb=climb)
         return ascent
 
+    @classmethod
+    def of(cls, part: optax.GradientTransformation, **facts: Unpack[Facts]) -> "Ascent":
+        """The same part, of which these facts are known beside those it tells."""
+        if isinstance(part, Ascent) and "climb" in vars(part):
+            known: Any = vars(part) | facts
+            return cls.from_climb(part.init, **known)
+        follow = facts.get("follow")
+        climb = _climb_of(part, follows=follow is not None)
+        return cls.from_climb(part.init, climb, **facts)
 
-def reading_gradient(part: optax.GradientTransformation) -> Ascent:
-    """The same part, known to find g in the extra argument `ascent_gradient`."""
-    ascent = Ascent(*optax.with_extra_args_support(part))
-    ascent.reads_gradient = True
-    return ascent
+
+def as_ascent(part: optax.GradientTransformation) -> Ascent:
+    """Any part of an ascent as an `Ascent`; of a plain one, nothing is known."""
+    if isinstance(part, Ascent) and "climb" in vars(part):
+        return part
+    return Ascent.of(part, may_descend=True)
 
 
 def following(
@@ -82,7 +106,7 @@ def following(
         added.
       uses_gradient: whether ε depends on g. If it does not, the step takes no gradient
         at the parameters, as long as nothing else uses it, and costs one gradient in
-        all. Default True.
+        all. Default True: as the ascent itself says, if it is one of ours.
 
     Returns:
       An ascent for `sharpness_aware`. To combine it with other parts, use
@@ -114,22 +138,46 @@ def following(
       1.0
     """
     check_transformation("ascent", ascent)
-    inner = optax.with_extra_args_support(ascent)
-    both = follow
-    if isinstance(inner, Ascent):
-        uses_gradient = uses_gradient and inner.uses_gradient
-        both = _one_after_another(inner.follow, follow)
+    inner = as_ascent(ascent)
+    return Ascent.of(
+        inner,
+        follow=_one_after_another(inner.follow, follow),
+        uses_gradient=uses_gradient and inner.uses_gradient,
+    )
 
-    def update_fn(updates, state, params=None, **extra_args):
-        _note(both)
-        perturbation, state, _ = climb(inner, updates, state, params, extra_args)
-        return perturbation, state
 
-    outer = Ascent(inner.init, update_fn)
-    if isinstance(inner, Ascent):
-        outer.climb = inner.climb
-    outer.follow, outer.uses_gradient = both, uses_gradient
-    return outer
+def reading_gradient(part: optax.GradientTransformation) -> Ascent:
+    """The same part of an ascent, known to read the extra argument `ascent_gradient`.
+
+    A chain in which a part drops g, such as `against_momentum`, makes no use of g, for
+    all that the step knows. It then need not take g, and refuses `ascent_batch=`. A
+    part further down that reads g from `ascent_gradient` has to say so.
+
+    Args:
+      part: a transformation whose update takes the extra argument `ascent_gradient`.
+
+    Returns:
+      An ascent, or a part of one, for `ascents.chain`.
+
+    Examples:
+      The momentum, with the lengths of the gradient's entries:
+
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> from sam_optax import ascents
+      >>> def update(u, state, params=None, *, ascent_gradient, **extra_args):
+      ...     lengths = jax.tree.map(jnp.abs, ascent_gradient)
+      ...     return jax.tree.map(jnp.multiply, u, lengths), state
+      >>> weigh = optax.GradientTransformationExtraArgs(
+      ...     lambda params: optax.EmptyState(), update)
+      >>> ascent = ascents.chain(
+      ...     ascents.against_momentum(), ascents.reading_gradient(weigh),
+      ...     ascents.sam(rho=0.5))
+      >>> tx = sam_optax.sharpness_aware(ascent)
+
+    Cost: the gradient at w, on each step.
+    """
+    check_transformation("part", part)
+    return Ascent.of(part, reads_gradient=True)
 
 
 def _one_after_another(first: Follow | None, second: Follow | None) -> Follow | None:
@@ -138,7 +186,7 @@ def _one_after_another(first: Follow | None, second: Follow | None) -> Follow | 
     return lambda d, state, params: second(d, first(d, state, params), params)
 
 
-# Of a part that runs in `climb`: the functions of ascents in it that follow d.
+# The functions of the ascents that follow d, noted as a plain transformation runs.
 _followers: contextvars.ContextVar[list[Follow] | None] = contextvars.ContextVar(
     "followers", default=None
 )
@@ -150,70 +198,45 @@ def _note(follow: Follow | None) -> None:
         followers.append(follow)
 
 
-def climb(
-    ascent: optax.GradientTransformation,
-    g: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None,
-    extra_args: Mapping[str, Any],
-) -> tuple[optax.Updates, optax.OptState, jax.Array | None]:
-    """(ε, state, finite) of any ascent; a plain transformation knows nothing of g.
-
-    Raises a ValueError for a transformation that does not follow d, if an ascent in it
-    would: it has been wrapped in something that keeps nothing but its update.
-    """
-    if isinstance(ascent, Ascent) and ascent.climb is not None:
-        return ascent.climb(g, state, params, **extra_args)
-    update = optax.with_extra_args_support(ascent).update
-    perturbation, state = run(ascent, update, g, state, params, **extra_args)
-    return perturbation, state, None
-
-
-def run(
-    ascent: optax.GradientTransformation,
-    update: Callable[..., Any],
-    *args: Any,
-    **extra_args: Any,
-) -> Any:
-    """What an update returns that runs the one of an ascent; an error as in `climb`."""
+def _with_followers(update: Callable[..., Any], *args: Any, **extra_args: Any):
+    """What an update returns, and the functions of the ascents in it that follow d."""
     followers: list[Follow] = []
     token = _followers.set(followers)
     try:
-        result = update(*args, **extra_args)
+        return update(*args, **extra_args), followers
     finally:
         _followers.reset(token)
-    if followers and not follows(ascent):
-        raise ValueError(
-            "A part of the ascent follows d, as the momentum of msam does, and is "
-            "wrapped in something that does not hand d on to it, such as optax.chain, "
-            "optax.masked or optax.inject_hyperparams. Combine the parts of an ascent "
-            "with ascents.chain, pass a mask as mask= to sharpness_aware, and inject "
-            "hyperparameters into the whole method: "
-            "optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
+
+
+def _climb_of(part: optax.GradientTransformation, *, follows: bool) -> Climb:
+    """The `climb` of a plain transformation, which does not know what is finite.
+
+    It raises a ValueError if the transformation does not follow d, and an ascent in it
+    would: that ascent is wrapped in something that keeps nothing but its update.
+    """
+    update = optax.with_extra_args_support(part).update
+
+    def climb(g, state, params=None, **extra_args):
+        (perturbation, state), followers = _with_followers(
+            update, g, state, params, **extra_args
         )
-    return result
+        if followers and not follows:
+            raise ValueError(
+                "A part of the ascent follows d, as the momentum of msam does, and is "
+                "wrapped in something that does not hand d on to it, such as "
+                "optax.chain, optax.masked or optax.inject_hyperparams. Combine the "
+                "parts of an ascent with ascents.chain, pass a mask as mask= to "
+                "sharpness_aware, and inject hyperparameters into the whole method: "
+                "optax.inject_hyperparams(sam_optax.msam)(rho=0.3)."
+            )
+        return perturbation, state, None
+
+    return climb
 
 
-def follow(
-    ascent: optax.GradientTransformation,
-    d: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None,
-) -> optax.OptState:
+def follow(ascent: Ascent, d: optax.Updates, state: Any, params: Any) -> Any:
     """The state of any ascent after a step in the direction d."""
-    if isinstance(ascent, Ascent) and ascent.follow is not None:
-        return ascent.follow(d, state, params)
-    return state
-
-
-def follows(ascent: optax.GradientTransformation) -> bool:
-    """Whether an ascent learns d."""
-    return isinstance(ascent, Ascent) and ascent.follow is not None
-
-
-def uses_gradient(ascent: optax.GradientTransformation) -> bool:
-    """Whether ε depends on g; of a transformation that says nothing, it does."""
-    return ascent.uses_gradient if isinstance(ascent, Ascent) else True
+    return state if ascent.follow is None else ascent.follow(d, state, params)
 
 
 def chain(*parts: optax.GradientTransformation) -> Ascent:
@@ -223,48 +246,47 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
     tells the guard of `sharpness_aware` whether g is finite, if a norm in it knows.
 
     Args:
-      parts: transformations, each of which receives the output of the one before. Each
-        part before a norm must make its output not finite where its input is not (a
-        part that replaces g by noise does not). A finite norm then means that g was
-        finite.
+      parts: transformations, each of which receives the output of the one before. A
+        transformation that is not ours, before the first norm, costs the guard a look
+        at g, because what is not finite need not pass through it.
 
     Returns:
       An ascent for `sharpness_aware`.
     """
     for part in parts:
         check_transformation("Each part of a chain", part)
-    has_follow = any(map(follows, parts))
-    keeps_g, reads_g = all(map(uses_gradient, parts)), any(map(_reads_gradient, parts))
+    ascents = [as_ascent(part) for part in parts]
+    keeps_g = all(part.uses_gradient for part in ascents)
+    reads_g = any(part.reads_gradient for part in ascents)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return tuple(part.init(params) for part in parts)
+        return tuple(part.init(params) for part in ascents)
 
     def climb_fn(updates, state, params=None, **extra_args):
-        finite, states = None, []
-        for part, part_state in zip(parts, state, strict=True):
-            updates, part_state, found = climb(
-                part, updates, part_state, params, extra_args
-            )
-            finite = found if finite is None else finite
-            states.append(part_state)
         # A norm of what has replaced g says nothing of the g that another part reads.
-        return updates, tuple(states), finite if keeps_g or not reads_g else None
+        finite, shows, states = None, keeps_g or not reads_g, []
+        for part, own in zip(ascents, state, strict=True):
+            updates, own, found = part.climb(updates, own, params, **extra_args)
+            finite = found if finite is None and shows else finite
+            shows = part.shows_nonfinite and (
+                shows if part.uses_gradient else part is ascents[0]
+            )
+            states.append(own)
+        return updates, tuple(states), finite
 
     def follow_fn(d, state, params):
-        pairs = zip(parts, state, strict=True)
+        pairs = zip(ascents, state, strict=True)
         return tuple(follow(part, d, own, params) for part, own in pairs)
 
     return Ascent.from_climb(
         init_fn,
         climb_fn,
-        follow_fn if has_follow else None,
+        follow=follow_fn if any(part.follow for part in ascents) else None,
         # A part that drops what it receives drops g with it, but for those who read it.
         uses_gradient=keeps_g or reads_g,
+        reads_gradient=reads_g,
+        shows_nonfinite=all(part.shows_nonfinite for part in ascents),
     )
-
-
-def _reads_gradient(part: optax.GradientTransformation) -> bool:
-    return isinstance(part, Ascent) and part.reads_gradient
 
 
 class Descent(optax.GradientTransformationExtraArgs):
@@ -274,8 +296,8 @@ class Descent(optax.GradientTransformationExtraArgs):
       compares: whether it compares gᵃ with g, the gradient at the parameters.
       for_ascent: state -> extra arguments of the next ascent, for a descent that finds
         what the ascent needs; or None.
-      uses_loss: whether it needs L(w + ε), which it then receives as the extra argument
-        `perturbed_loss`.
+      uses_loss: whether it needs L(w + ε), the extra argument `perturbed_loss`. A step
+        without losses is then refused.
       averages_state: whether, under groups, the floats of its state are the means of
         what they are in the groups, and not what follows from the mean gradients.
     """
@@ -299,6 +321,39 @@ class Descent(optax.GradientTransformationExtraArgs):
         own.compares, own.for_ascent = compares, for_ascent
         own.uses_loss, own.averages_state = uses_loss, averages_state
         return own
+
+
+def ignoring_gradient(descent: optax.GradientTransformation) -> Descent:
+    """The same descent, known to make no use of g, the extra `ascent_gradient`.
+
+    A step with an ascent that makes no use of g either, such as `ascents.msam`, then
+    takes one gradient. And `data.largest_increase`, with which gᵃ and g are of
+    different examples, is accepted.
+
+    Args:
+      descent: a transformation gᵃ ↦ d.
+
+    Returns:
+      A descent for `sharpness_aware`.
+
+    Examples:
+      Momentum-SAM with a descent that shortens gᵃ where ε is long:
+
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> from sam_optax import ascents, descents
+      >>> def update(ga, state, params=None, *, perturbation, **extra_args):
+      ...     factor = 1 / (1 + optax.tree.norm(perturbation))
+      ...     return optax.tree.scale(factor, ga), state
+      >>> shorten = optax.GradientTransformationExtraArgs(
+      ...     lambda params: optax.EmptyState(), update)
+      >>> tx = sam_optax.sharpness_aware(
+      ...     ascents.msam(rho=0.3), descent=descents.ignoring_gradient(shorten))
+
+    Cost: one gradient less on each step, with an ascent that makes no use of g.
+    """
+    check_transformation("descent", descent)
+    known: Any = vars(descent) if isinstance(descent, Descent) else {}
+    return Descent.of(descent, **known | {"compares": False})
 
 
 def compares(descent: optax.GradientTransformation | None) -> bool:

@@ -23,10 +23,12 @@ Besides g and the parameters, the update of an ascent receives these extra argum
 
 The update runs on every step, including those that take no second gradient.
 
-An ascent that learns from the direction d of each step is made by `following`.
+An ascent that learns from the direction d of each step is made by `following`. A part
+that reads `ascent_gradient`, behind one that drops g, is made known by
+`reading_gradient`.
 """
 
-from sam_optax._parts import chain, following
+from sam_optax._parts import chain, following, reading_gradient
 from sam_optax.methods._asam import asam_ascent as asam
 from sam_optax.methods._asam import scale_by_magnitude
 from sam_optax.methods._by_layer import (
@@ -107,6 +109,7 @@ __all__ = [
     "normalize_by_leaf_norm",
     "normalize_partly",
     "project_on_full_gradient",
+    "reading_gradient",
     "replace_by_filter_noise",
     "replace_by_noise",
     "sagm",

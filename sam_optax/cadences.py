@@ -7,7 +7,7 @@ receive g and the state, and `remember` also receives d. They see the mean of th
 gradient over groups of examples and devices, so every device decides alike.
 """
 
-from sam_optax._step import Cadence, every_step
+from sam_optax._parts import Cadence, every_step
 from sam_optax.methods._ae_sam import when_steep
 from sam_optax.methods._late_sam import after
 from sam_optax.methods._look_sam import every_k, every_k_reusing

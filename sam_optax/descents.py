@@ -10,8 +10,8 @@ arguments:
   descents that take further gradients.
 - value_and_grad_fn: parameters -> (loss, gradient) there, for those that need losses.
 - ascent_grad_fn: like grad_fn, on the examples that ε is made from.
-- perturbed_loss: L(w + ε), for a descent that says that it uses it, as that of `tsam`
-  does.
+- perturbed_loss: L(w + ε); None where the step took gradients alone, because its caller
+  passed grad_fn= to the update.
 - perturb: (params, ε) -> w + ε, rounded as the step rounds it.
 - group: the index of the group of examples, or None.
 - the extra arguments of the step.
@@ -19,8 +19,12 @@ arguments:
 `blend` and `gsam` compute g or gᵃ plus something built on gᵃ − g. This is equal to the
 formulas of the papers. But in this form d is exactly g if the two gradients are equal,
 and loses no digits if they are almost equal.
+
+A descent of your own may compare gᵃ with g, for all that the step knows.
+`ignoring_gradient` says that it does not.
 """
 
+from sam_optax._parts import ignoring_gradient
 from sam_optax.methods._cr_sam import cr_sam_descent as cr_sam
 from sam_optax.methods._descent import blend
 from sam_optax.methods._gam import gam_descent as gam
@@ -37,6 +41,7 @@ __all__ = [
     "cr_sam",
     "gam",
     "gsam",
+    "ignoring_gradient",
     "mix_with_lookahead",
     "renormalize",
     "sagm",

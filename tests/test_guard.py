@@ -18,7 +18,7 @@ from lab import (
     train,
 )
 from methods import TABLE
-from sam_optax._parts import climb
+from sam_optax._parts import as_ascent, follow
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -59,7 +59,11 @@ def test_a_bad_gradient_is_seen_on_a_step_that_does_not_ascend(kind, ascend):
     # A branch of an ascent that does not use g takes the gradient at w itself.
     takes_its_own = ascend is not False and not TABLE[kind].uses_gradient
     second = (lambda w: with_nan(grad_fn(w))) if takes_its_own else grad_fn
-    d, _ = sam.update(g, sam.init(w), w, grad_fn=second, ascend=ascend)
+
+    def update(ascend):
+        return sam.update(g, sam.init(w), w, grad_fn=second, ascend=ascend)
+
+    d, _ = update(ascend) if ascend is False else jax.jit(update)(ascend)
     assert not all_finite(d)
 
 
@@ -133,6 +137,87 @@ ASCENTS = sam_optax.ascents
 def test_a_norm_saves_the_guard_a_look_at_g(ascent, knows):
     w = jnp.array([3.0, 4.0])
     for g, is_finite in ((w, True), (w * jnp.inf, False), (w * jnp.nan, False)):
-        *_, found = climb(ascent, g, ascent.init(w), w, {"ascent_gradient": g})
+        state = ascent.init(w)
+        *_, found = as_ascent(ascent).climb(g, state, w, ascent_gradient=g)
         assert (found is not None) == knows
         assert not knows or bool(found) == is_finite
+
+
+@pytest.mark.parametrize(
+    "dropping", [ASCENTS.mask_at_random(0.1), optax.clip(1.0), optax.zero_nans()]
+)
+def test_a_norm_behind_a_part_that_drops_what_is_not_finite_does_not_hide_it(dropping):
+    ascent = ASCENTS.chain(ASCENTS.subtract_ema(0.5), dropping, ASCENTS.sam(0.1))
+    sam, w = sam_optax.sharpness_aware(ascent), jnp.ones(3)
+    _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: p)
+    for bad in (jnp.nan, jnp.inf):
+        g = jnp.array([1.0, bad, 2.0])
+        _, after = sam.update(g, state, w, grad_fn=lambda p: p)
+        assert np.all(floats(after)[0] == floats(state)[0])
+        assert np.all(floats(after)[0] != 0)
+
+
+def test_what_stands_before_a_part_that_drops_g_is_not_told_by_a_norm_behind_it():
+    norms = ASCENTS.chain(ASCENTS.against_momentum(), ASCENTS.sam())
+    behind = ASCENTS.chain(ASCENTS.subtract_ema(), ASCENTS.against_momentum(), norms)
+    for ascent, knows in ((norms, True), (behind, False)):
+        w = jnp.ones(2)
+        *_, found = ascent.climb(w, ascent.init(w), w)
+        assert (found is not None) == knows
+
+
+SHOWING = {
+    "scale_by_magnitude": ASCENTS.scale_by_magnitude(),
+    "subtract_ema": ASCENTS.subtract_ema(),
+    "follow_ema": ASCENTS.follow_ema(),
+    "scale_by_inverse_root_fisher": ASCENTS.scale_by_inverse_root_fisher(),
+    "mask_at_random": ASCENTS.mask_at_random(0.1),
+    "mask_leaves_at_random": ASCENTS.mask_leaves_at_random(0.1),
+    "keep_largest_gradient": ASCENTS.keep_largest_gradient(0.9),
+    "keep_largest_fisher": ASCENTS.keep_largest_fisher(0.9),
+    "drop_and_grow": ASCENTS.drop_and_grow(0.9),
+    "with_state_dtype": ASCENTS.with_state_dtype(ASCENTS.subtract_ema()),
+    "by_label": ASCENTS.by_label({"all": ASCENTS.follow_ema()}, "all"),
+    "against_momentum": ASCENTS.against_momentum(optax.constant_schedule(0.9)),
+    "given_direction": ASCENTS.given_direction(),
+    "chain": ASCENTS.chain(ASCENTS.scale_by_magnitude(), ASCENTS.subtract_ema()),
+}
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_what_a_part_says_that_it_shows_is_not_finite_behind_it(name):
+    part, w = SHOWING[name], {"a": jnp.arange(1.0, 5.0), "b": jnp.ones(2)}
+    assert part.shows_nonfinite
+    state, extra_args = part.init(w), {"fisher": w} if "fisher" in name else {}
+    for bad in (jnp.nan, jnp.inf):
+        g = {"a": jnp.arange(1.0, 5.0).at[2].set(bad), "b": jnp.ones(2)}
+        if not part.uses_gradient:
+            extra_args = {"direction": g}
+            state = follow(part, g, state, w)
+        for _ in range(2):
+            u, state = part.update(g, state, w, ascent_gradient=g, **extra_args)
+            assert not np.isfinite(u["a"][2])
+
+
+def test_a_mask_lets_the_norm_tell_the_guard_of_what_it_leaves():
+    w = {"a": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
+    sam = sam_optax.sharpness_aware(ASCENTS.fsam(0.1), mask={"a": True, "b": False})
+    _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: p)
+    for leaf, is_seen in (("a", True), ("b", False)):
+        g = w | {leaf: w[leaf].at[0].set(jnp.nan)}
+        d, after = sam.update(g, state, w, grad_fn=lambda p: p)
+        moved = np.any(floats(after)[0] != floats(state)[0])
+        assert bool(moved) == (not is_seen)
+        assert all_finite(after)
+        assert all_finite(d) == (not is_seen)
+
+
+def test_under_a_mask_what_is_carried_of_all_leaves_is_guarded_by_all():
+    """LookSAM's direction is made of g, and the norm is of a part of it."""
+    w = {"a": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
+    sam = sam_optax.look_sam(0.1, k=1, mask={"a": True, "b": False})
+    _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: jax.tree.map(jnp.sin, p))
+    g = w | {"b": jnp.array([jnp.nan, 1.0])}
+    _, after = sam.update(g, state, w, grad_fn=lambda p: jax.tree.map(jnp.sin, p))
+    assert all_finite(after)
+    assert_trees_equal(floats(after), floats(state))

@@ -8,7 +8,7 @@ import pytest
 
 import sam_optax
 from quadratic import H, W, assert_same, descend
-from sam_optax import ascents, cadences
+from sam_optax import ascents, cadences, descents
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -128,3 +128,85 @@ def test_an_ascent_may_take_gradients_of_its_own():
     d, _ = sam.update(tree_grad(tree), sam.init(tree), tree, grad_fn=tree_grad)
     shifted = W + 0.5 * (H @ W) * [1, 1, 0]
     assert_same(np.concatenate([d["x"], d["y"]]), H @ shifted)
+
+
+def test_a_part_that_is_known_to_read_g_keeps_it_in_use():
+    def update_fn(u, state, params=None, *, ascent_gradient, **extra_args):
+        return optax.tree.scale(2.0, ascent_gradient), state
+
+    reader = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+    def direction(part):
+        chain = ascents.chain(ascents.against_momentum(0.0), part, ascents.sam(1.0))
+        sam = sam_optax.sharpness_aware(chain)
+        helper = sam_optax.sam_value_and_grad(lambda w, x: jnp.sum(w**2 * x), sam)
+        w, x = jnp.array([0.0, 1.0]), jnp.ones(2)
+        other = jnp.array([0.0, 3.0])
+        return helper(w, x, opt_state=sam.init(w), ascent_batch=other)[1].gradients
+
+    np.testing.assert_allclose(direction(ascents.reading_gradient(reader)), [0, 4])
+    with pytest.raises(ValueError, match="The ascent makes no use of a gradient"):
+        direction(reader)
+
+
+def test_a_descent_of_ones_own_is_given_the_loss_or_none():
+    seen = []
+
+    def update_fn(ga, state, params=None, *, perturbed_loss, **extra_args):
+        seen.append(perturbed_loss)
+        return ga, state
+
+    own = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    sam, w = sam_optax.sharpness_aware(ascents.sam(0.5), descent=own), jnp.array(1.0)
+    helper = sam_optax.sam_value_and_grad(lambda w: w**2, sam)
+    helper(w, opt_state=sam.init(w))
+    helper(w, opt_state=sam.init(w), ascend=False)
+    assert list(map(float, seen)) == [2.25, 1.0]
+    sam.update(w, sam.init(w), w, grad_fn=lambda w: w)
+    assert seen[2:] == [None]
+
+
+def test_a_descent_that_ignores_g_costs_no_gradient_and_goes_with_any_examples():
+    def update_fn(ga, state, params=None, *, perturbation, **extra_args):
+        return optax.tree.add(ga, perturbation), state
+
+    own = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    points = []
+
+    def grad_fn(w):
+        points.append(w)
+        return 2 * w
+
+    for descent, count in ((own, 2), (descents.ignoring_gradient(own), 1)):
+        points.clear()
+        sam = sam_optax.sharpness_aware(ascents.msam(0.5), descent=descent)
+        w = jnp.array([3.0, 4.0])
+        sam.update(grad_fn(w), sam.init(w), w, grad_fn=grad_fn)
+        assert len(points) - 1 == count
+
+    def largest(descent):
+        sam = sam_optax.sharpness_aware(ascents.sam(0.5), descent=descent)
+        rule = sam_optax.data.largest_increase(0.5)
+        loss_fn = lambda w, x: w**2 * x  # noqa: E731
+        helper = sam_optax.sam_value_and_grad(loss_fn, sam, data=rule)
+        w, x = jnp.array(1.0), jnp.array([1.0, 3.0])
+        return helper(w, x, opt_state=sam.init(w))[1].gradients
+
+    assert largest(descents.ignoring_gradient(own)) == 2 * 1.5 * 3 + 0.5
+    for unknown in (own, optax.chain(descents.gsam())):
+        with pytest.raises(ValueError, match=r"would compare the examples.*ignoring_"):
+            largest(unknown)
+    with pytest.raises(ValueError, match="would compare the examples"):
+        largest(descents.gsam())
+
+
+def test_a_part_that_is_wrapped_by_ours_is_still_known_to_read_g():
+    fisher = ascents.scale_by_inverse_root_fisher()
+    for part in (
+        ascents.by_label({"all": fisher}, "all"),
+        ascents.with_state_dtype(fisher),
+        ascents.chain(fisher),
+        ascents.following(fisher, None),
+    ):
+        assert part.reads_gradient
+        assert ascents.chain(ascents.given_direction(), part).uses_gradient

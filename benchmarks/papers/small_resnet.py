@@ -227,7 +227,7 @@ class SmallResNet(Experiment):
         return {} if rate is None or has_own else {"learning_rate": rate}
 
     def choice(self, name: str, noise: int) -> dict[str, Any]:
-        """The setting of the best accuracy on validation images, {} if none was tried."""
+        """The setting of the best validation accuracy; {} if none was tried."""
         tried = {"method": ENTRIES[name].like or name, "noise": noise}
         runs = self.runs.of(on="validation", **tried, **self.fixed(name))
         best = runs.best("validation", *SETTING)[0] if runs else {}

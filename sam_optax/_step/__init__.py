@@ -1,11 +1,5 @@
 """The step: one ascent, one descent and one cadence, from g to d."""
 
-from sam_optax._parts import Ascent as Ascent
-from sam_optax._parts import Cadence as Cadence
-from sam_optax._parts import Descent as Descent
-from sam_optax._parts import chain as chain
-from sam_optax._parts import every_step as every_step
-from sam_optax._parts import following as following
 from sam_optax._step.carrier import ReportSlot as ReportSlot
 from sam_optax._step.carrier import SharpnessAwareGradients as SharpnessAwareGradients
 from sam_optax._step.carrier import ValueSlot as ValueSlot

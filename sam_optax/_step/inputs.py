@@ -12,22 +12,21 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._masks import masks_leaves
-from sam_optax._parts import Ascent, Cadence, Descent, uses_gradient
+from sam_optax._parts import Cadence, Descent, as_ascent, compares
 from sam_optax._step.sameness import may_be_same
-
-UNKNOWN = np.float32("nan")
 
 
 class Pass(NamedTuple):
     """What one pass over a batch yields at one point.
 
     Attributes:
-      loss: the mean of what loss_fn returned.
+      loss: the mean of what loss_fn returned; None if the caller of an update took the
+        gradient alone.
       gradient: of the mean loss; None from a forward pass.
       aux: the auxiliary output of loss_fn, or None.
       batch: the examples that were seen.
       returned: what loss_fn returned, before the mean.
-      unperturbed_loss: the loss of the same examples at the parameters; only known of
+      unperturbed_loss: the loss of the same examples at the parameters; None but of
         the passes that the update of a SAM transformation asks for.
     """
 
@@ -36,7 +35,7 @@ class Pass(NamedTuple):
     aux: Any = None
     batch: Any = None
     returned: Any = None
-    unperturbed_loss: Any = UNKNOWN  # shape=()
+    unperturbed_loss: Any = None  # shape=()
 
     @property
     def losses(self) -> jax.Array:
@@ -83,8 +82,9 @@ class Choice:
     averaged_over: tuple[str, ...] = ()
     value_slot: Callable[[Any], Any] | None = None
 
-    def __call__(self, point: Any) -> Pass:
-        return self.descent(point)
+    def __call__(self, point: Any) -> Any:
+        """The gradient at a point, so that this serves as any grad_fn does."""
+        return self.descent(point).gradient
 
     @property
     def sees_one_loss(self) -> bool:
@@ -114,8 +114,8 @@ def as_choice(grad_fn: Callable[[Any], Any], like: optax.Updates) -> Choice:
 
     def evaluate(point):
         result = grad_fn(point)
-        if not isinstance(result, Pass):
-            result = Pass(UNKNOWN, result)
+        # By hand, a Pass can give the loss as well, to a method that needs it.
+        result = result if isinstance(result, Pass) else Pass(None, result)
         mismatch = _tree.mismatch(result.gradient, like)
         if mismatch:
             raise ValueError(
@@ -138,14 +138,19 @@ NO_EFFECT = (
 
 def check_comparable(passes: Choice, descent: Any, cadence: Cadence) -> None:
     """Refuses to compare gradients of different examples."""
-    compares = isinstance(descent, Descent) and descent.compares
-    if not passes.comparable and (compares or not cadence.forgets):
-        raise ValueError(
-            "The data rule, such as data.largest_increase, takes gᵃ on the examples "
-            "that it selects at w + ε, and g on all of them. This method compares gᵃ "
-            "with g, and would compare the examples. Take a method that descends on gᵃ "
-            "alone, such as sam or esam."
-        )
+    if passes.comparable or (not compares(descent) and cadence.forgets):
+        return
+    is_plain = descent is not None and not isinstance(descent, Descent)
+    remedy = (
+        " If your own descent makes no use of ascent_gradient=, say so by "
+        "descents.ignoring_gradient(...)."
+    )
+    raise ValueError(
+        "The data rule, such as data.largest_increase, takes gᵃ on the examples that "
+        "it selects at w + ε, and g on all of them. This method compares gᵃ with g, "
+        "and would compare the examples. Take a method that descends on gᵃ alone, such "
+        "as sam or esam." + (remedy if is_plain else "")
+    )
 
 
 def noting(passes: Choice) -> tuple[Choice, list[Any]]:
@@ -194,7 +199,8 @@ def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
             f"cadence must be a sam_optax.cadences.Cadence, got {cadence!r}."
         )
 
-    if isinstance(descent, Descent) and descent.compares and not uses_gradient(ascent):
+    is_without_gradient = not as_ascent(ascent).uses_gradient
+    if isinstance(descent, Descent) and descent.compares and is_without_gradient:
         raise ValueError(
             "The descent compares gᵃ with g, the gradient at the parameters, and the "
             "ascent makes no use of g, so that the step need not take it. To have "
@@ -211,11 +217,10 @@ def warn_if_descends(ascent: optax.GradientTransformation) -> None:
     """Warns of an ascent along which the loss falls, such as a base optimizer.
 
     It is tried on a few small gradients and their negatives: ε must not point against
-    both. Noise does not, nor does what is zero. Our own ascents need not be tried, and
-    one that needs more than it is given here, such as parameters of a certain
-    structure, cannot be.
+    both. Noise does not, nor does what is zero. Our own need not be tried, and one that
+    needs more than it is given here, such as parameters of a certain structure, cannot.
     """
-    if isinstance(ascent, Ascent) and ascent.climb is not None:
+    if not as_ascent(ascent).may_descend:
         return
     update = optax.with_extra_args_support(ascent).update
 

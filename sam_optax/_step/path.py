@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._parts import Descent, climb, uses_gradient
+from sam_optax._parts import Ascent, Descent
 from sam_optax._rounding import Rounding
-from sam_optax._step.inputs import UNKNOWN, Choice, Pass, as_choice
+from sam_optax._step.inputs import Choice, Pass, as_choice
 from sam_optax._step.report import AtPerturbed, unknown
 
 
@@ -30,7 +30,7 @@ class Path:
       compares: whether a descent or a cadence may compare gᵃ with g.
     """
 
-    ascent: optax.GradientTransformation
+    ascent: Ascent
     descent: optax.GradientTransformationExtraArgs | None
     rounding: Rounding
     state: Any
@@ -51,7 +51,7 @@ class Path:
         extra_args |= {"ascent_gradient": g, "descent_grad_fn": descent_grad_fn}
         if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
             extra_args |= self.descent.for_ascent(self.state.descent_state)
-        return climb(self.ascent, g, self.state.ascent_state, self.params, extra_args)
+        return self.ascent.climb(g, self.state.ascent_state, self.params, **extra_args)
 
     def evaluate(
         self, passes: Choice, perturbation: optax.Updates, group: Any = None
@@ -63,7 +63,7 @@ class Path:
         if not self.is_measured:
             return AtPerturbed(there.gradient, value, loss)
         perturbed_loss, unperturbed_loss = (
-            jnp.float32(unknown()) if loss is UNKNOWN else _tree.at_least_float32(loss)
+            jnp.float32(unknown()) if loss is None else _tree.at_least_float32(loss)
             for loss in (there.loss, there.unperturbed_loss)
         )
         return AtPerturbed(
@@ -88,7 +88,7 @@ class Path:
         Where the ascent does not use g, the pass is taken here, so that the other
         branch does not take it.
         """
-        if uses_gradient(self.ascent):
+        if self.ascent.uses_gradient:
             return self.plain_pass(g, passes)
         return passes.descent(self.params)
 
@@ -97,14 +97,22 @@ class Path:
         if passes.recompute:
             return passes.descent(self.params)
         if passes.seen is None:
-            return Pass(UNKNOWN, g)
+            return Pass(None, g)
         return passes.seen._replace(gradient=g)
 
     def loss_for_descent(self, there: Pass) -> Any:
-        """The loss of a pass if the descent uses it, else nothing."""
-        if not isinstance(self.descent, Descent) or not self.descent.uses_loss:
-            return ()
-        return _tree.at_least_float32(jnp.asarray(_known_loss(there)))
+        """The loss of a pass for the descent, or None.
+
+        A plain transformation does not say that it uses none, so it is given one.
+        """
+        if self.descent is None:
+            return None
+        if isinstance(self.descent, Descent):
+            if not self.descent.uses_loss:
+                return None
+            _check_has_loss(there)
+        loss = there.loss
+        return None if loss is None else _tree.at_least_float32(jnp.asarray(loss))
 
     def descent_step(
         self,
@@ -209,17 +217,17 @@ def _gradient_of(
 def _value_and_gradient_of(evaluate: Callable[[Any], Pass]) -> Callable[[Any], Any]:
     def value_and_gradient(point):
         there = evaluate(point)
-        return _known_loss(there), there.gradient
+        _check_has_loss(there)
+        return there.loss, there.gradient
 
     return value_and_gradient
 
 
-def _known_loss(there: Pass) -> Any:
-    """The loss of a pass; an error if the caller of an update gave none."""
-    if there.loss is UNKNOWN:
+def _check_has_loss(there: Pass) -> None:
+    """Refuses a pass of which the caller of an update gave the gradient alone."""
+    if there.loss is None:
         raise ValueError(
             "This method needs the loss beside each gradient, and grad_fn= returns the "
             "gradient alone. Take the gradients with sam_optax.sam_value_and_grad, or "
             "pass on the extra arguments that sam_optax.value_and_ascent_grad returns."
         )
-    return there.loss

@@ -47,11 +47,11 @@ class AtPerturbed(NamedTuple):
 
     descent_gradient: Any
     value: Any = ()  # (loss, aux) there; empty unless it is what the helper returns
-    loss: Any = ()  # empty unless the descent uses it
-    state_floats: Any = ()  # of the descent, empty unless it averages its state
-    perturbed_loss: Any = ()  # like the following, empty unless a report is wanted
-    surrogate_gap: Any = ()
-    perturbation_norm: Any = ()
+    loss: Any = None  # unless the descent may use it
+    state_floats: Any = None  # of the descent, unless it does not average its state
+    perturbed_loss: Any = None  # like the following, unless a report is wanted
+    surrogate_gap: Any = None
+    perturbation_norm: Any = None
 
 
 def report_of(g: optax.Updates, there: AtPerturbed, loss: Any) -> Report:

@@ -12,12 +12,12 @@ from jax.core import Tracer
 from sam_optax import _tree
 from sam_optax._masks import Mask, check_selects, masked, resolve_mask, restrict
 from sam_optax._parts import (
+    Ascent,
     Cadence,
+    as_ascent,
     compares,
     every_step,
     follow,
-    follows,
-    uses_gradient,
 )
 from sam_optax._random import Key
 from sam_optax._rounding import Rounding
@@ -100,8 +100,8 @@ def sharpness_aware(
         at in its place. Default True.
 
         The guard costs a pass over g, to see whether it is finite. It costs nothing
-        where the ascent takes a 2-norm that shows it (`sam`, `asam`, `fsam`, `fasam`,
-        `vasso` and `fisher_sam` without a mask), and where ascend=False and the method
+        where the ascent takes a 2-norm that shows it (that of `sam`, `asam`, `fsam`,
+        `fasam`, `vasso` and `fisher_sam`), and where ascend=False and the method
         carries no values. Carried values cost up to three passes more, because the old
         ones are kept until the step is judged.
       stochastic_rounding: a key (int, typed or legacy) with which w + ε is rounded to
@@ -164,9 +164,7 @@ def sharpness_aware(
     """
     check_axes(ascent, descent, cadence)
     recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
-    follows_d = follows(ascent)
-    if mask is not None:
-        ascent = restrict(ascent, mask)
+    ascent = as_ascent(ascent) if mask is None else restrict(ascent, mask)
     cadence = every_step() if cadence is None else cadence
     something_compares = compares(descent) or not cadence.forgets
     descent = None if descent is None else optax.with_extra_args_support(descent)
@@ -204,7 +202,7 @@ def sharpness_aware(
         check_call(updates, params, grad_fn, report, extra_args)
         g, passes = updates, as_choice(grad_fn, like=updates)
         check_comparable(passes, descent, cadence)
-        must_be_asked = passes.only_ascent and not uses_gradient(ascent)
+        must_be_asked = passes.only_ascent and not ascent.uses_gradient
         was_asked: list[Any] = []
         if must_be_asked:
             passes, was_asked = noting(passes)
@@ -280,15 +278,21 @@ def sharpness_aware(
             ascent_state, descent_state, cadence_state, rounding_key
         )
         if guard:
+            source = _source(ascent, ascends, g, perturbation)
+            if mask is not None and _has_values((descent_state, cadence_state)):
+                # They may be made of all of g, and the norm is of what the mask leaves.
+                source_is_finite = None
+            elif mask is not None and jax.tree.leaves(source):
+                # The other leaves of g do not enter ε. If they were looked at, the
+                # gradient of frozen parameters would be computed for that alone.
+                source = masked(resolve_mask(mask, params), source)
             d, new = _guarded(
                 d,
                 new,
                 state,
-                source=_perturbed_leaves(
-                    _source(ascent, ascends, g, perturbation), new, mask, params
-                ),
+                source=source,
                 source_is_finite=source_is_finite,
-                follows_d=follows_d,
+                follows_d=ascent.follow is not None,
                 ascended=ascends,
             )
         if passes.value_slot is not None:
@@ -328,24 +332,11 @@ def _as_decision(ascend: Any) -> bool | jax.Array:
 # --- The guard: values that are not finite appear in d, and never in the state.
 
 
-def _source(ascent: Any, ascends: Any, g: Any, perturbation: Any) -> optax.Updates:
+def _source(ascent: Ascent, ascends: Any, g: Any, perturbation: Any) -> optax.Updates:
     """What must be finite for ε to be so: nothing, where no ε is used."""
-    if uses_gradient(ascent):
+    if ascent.uses_gradient:
         return g
     return () if ascends is False else perturbation
-
-
-def _perturbed_leaves(source: Any, new: Any, mask: Mask, params: Any) -> optax.Updates:
-    """What a mask leaves of the source of ε.
-
-    The other leaves of g do not enter ε. If they were looked at, the gradient of frozen
-    parameters would be computed for that alone. Values that the descent and the cadence
-    carry may be made of all of g.
-    """
-    is_carried = _has_values((new.descent_state, new.cadence_state))
-    if mask is None or is_carried or not jax.tree.leaves(source):
-        return source
-    return masked(resolve_mask(mask, params), source)
 
 
 def _guarded(

@@ -10,7 +10,8 @@ from sam_optax import _tree
 from sam_optax._checks import check_number, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask, check_mask, resolve_mask
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 
@@ -57,7 +58,7 @@ def scale_by_magnitude(
 
         return optax.stateless(rescale)
 
-    return scheduled(part, eta=eta)
+    return Ascent.of(scheduled(part, eta=eta), shows_nonfinite=True)
 
 
 def asam_ascent(

@@ -22,7 +22,7 @@ from sam_optax._hyperparameters import (
     unscheduled,
     value_at,
 )
-from sam_optax._parts import Ascent, Descent, following
+from sam_optax._parts import Ascent, Descent
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
@@ -70,7 +70,7 @@ def _draw_from_posterior(examples: float, key: Key) -> Ascent:
     noise = optax.GradientTransformationExtraArgs(
         lambda params: NoiseState(keys.start()), update_fn
     )
-    return following(noise, None, uses_gradient=False)
+    return Ascent.of(noise, uses_gradient=False, shows_nonfinite=True)
 
 
 def _ascend_by_precision(

@@ -13,7 +13,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask, check_mask, masks_leaves, resolve_mask, restrict
-from sam_optax._parts import Ascent, climb, follow, following, follows, uses_gradient
+from sam_optax._parts import Ascent, as_ascent, follow
 
 Labels = Any  # a tree of labels, or a function of the parameters that returns one
 
@@ -253,8 +253,8 @@ def by_label(
         require_params(params, "by_label")
         perturbations, states = {}, {}
         for label, part in restricted.items():
-            perturbations[label], states[label], _ = climb(
-                part, updates, state.label_states[label], params, extra_args
+            perturbations[label], states[label], _ = part.climb(
+                updates, state.label_states[label], params, **extra_args
             )
         order = list(ascents)
         perturbation = jax.tree.map(
@@ -272,8 +272,12 @@ def by_label(
             }
         )
 
-    return following(
+    each = [as_ascent(ascent) for ascent in ascents.values()]
+    return Ascent.of(
         optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        follow_fn if any(map(follows, restricted.values())) else None,
-        uses_gradient=any(uses_gradient(part) for part in restricted.values()),
+        follow=follow_fn if any(ascent.follow for ascent in each) else None,
+        uses_gradient=any(ascent.uses_gradient for ascent in each),
+        reads_gradient=any(ascent.reads_gradient for ascent in each),
+        shows_nonfinite=all(ascent.shows_nonfinite for ascent in each),
+        may_descend=any(ascent.may_descend for ascent in each),
     )

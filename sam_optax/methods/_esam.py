@@ -10,7 +10,7 @@ from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._doors.batch import Batch, DataRule
 from sam_optax._hyperparameters import ScalarOrSchedule, map_value, scheduled
-from sam_optax._parts import chain
+from sam_optax._parts import Ascent, chain
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
 from sam_optax._step.inputs import Choice
@@ -48,14 +48,15 @@ def mask_at_random(
         def mask(key, updates):
             drawn = _tree.uniform_like(key, updates)
             return jax.tree.map(
-                lambda u, x: jnp.where(x < keep, u / jnp.asarray(keep, u.dtype), 0),
+                # The zero is not finite where u is not.
+                lambda u, x: jnp.where(x < keep, u / jnp.asarray(keep, u.dtype), 0 * u),
                 updates,
                 drawn,
             )
 
         return noisy(key, mask, name="mask_at_random")
 
-    return scheduled(part, keep=keep)
+    return Ascent.of(scheduled(part, keep=keep), shows_nonfinite=True)
 
 
 class LeafMaskState(NamedTuple):
@@ -108,7 +109,7 @@ def mask_leaves_at_random(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return scheduled(part, keep=keep)
+    return Ascent.of(scheduled(part, keep=keep), shows_nonfinite=True)
 
 
 def _check_share(name: str, share: ScalarOrSchedule) -> None:

@@ -9,8 +9,8 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._parts import reading_gradient
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import normalize_by_global_norm, scale_by_rho
 
@@ -52,7 +52,9 @@ def scale_by_inverse_root_fisher(
 
         return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
-    return reading_gradient(scheduled(part, eta=eta))
+    return Ascent.of(
+        scheduled(part, eta=eta), reads_gradient=True, shows_nonfinite=True
+    )
 
 
 def fisher_sam_ascent(

@@ -8,7 +8,8 @@ from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._asam import asam_ascent
 from sam_optax.methods._average import advance_ema, start_ema
 from sam_optax.methods._record import record
@@ -69,7 +70,7 @@ def subtract_ema(
 
         return optax.GradientTransformation(start_ema, update_fn)
 
-    return scheduled(part, **hyperparameters)
+    return Ascent.of(scheduled(part, **hyperparameters), shows_nonfinite=True)
 
 
 def fsam_ascent(

@@ -17,7 +17,7 @@ from sam_optax._checks import (
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax._masks import Mask, check_selects, restrict
-from sam_optax._parts import follows, uses_gradient
+from sam_optax._parts import as_ascent
 from sam_optax._random import Key
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
@@ -188,7 +188,8 @@ def lookbehind_sam(
     ascent = sam_ascent(rho) if ascent is None else ascent
     check_transformation("base", base)
     check_transformation("ascent", ascent)
-    if follows(ascent) or not uses_gradient(ascent):
+    ascent = as_ascent(ascent)
+    if ascent.follow or not ascent.uses_gradient:
         raise ValueError(
             "lookbehind_sam climbs along the gradient at each of its points, and this "
             "ascent follows something else."

@@ -10,7 +10,7 @@ from sam_optax import _tree
 from sam_optax._checks import require_params
 from sam_optax._hyperparameters import ScalarOrSchedule
 from sam_optax._masks import Mask
-from sam_optax._parts import chain, following
+from sam_optax._parts import Ascent, chain
 from sam_optax._random import Key, key_stream
 from sam_optax._step import sharpness_aware
 from sam_optax.methods._noise import NoiseState
@@ -59,7 +59,7 @@ def replace_by_filter_noise(key: Key = 0) -> optax.GradientTransformationExtraAr
     noise = optax.GradientTransformationExtraArgs(
         lambda params: NoiseState(keys.start()), update_fn
     )
-    return following(noise, None, uses_gradient=False)
+    return Ascent.of(noise, uses_gradient=False, shows_nonfinite=True)
 
 
 def _filter_norm(w: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_constant, check_number, tree_argument
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._parts import Ascent, chain, following
+from sam_optax._parts import Ascent, chain
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import sam_ascent
@@ -53,13 +53,14 @@ def against_momentum(
             kept = _tree.scale(decay, state.negative_momentum)
             return MomentumState(_tree.subtract(kept, d))
 
-        return following(
+        return Ascent.of(
             optax.GradientTransformation(_start_momentum, update_fn),
-            follow_fn,
+            follow=follow_fn,
             uses_gradient=False,
         )
 
-    return scheduled(part, follows_d=True, uses_gradient=False, decay=decay)
+    momentum = scheduled(part, follows_d=True, uses_gradient=False, decay=decay)
+    return Ascent.of(momentum, shows_nonfinite=True)
 
 
 def _start_momentum(params: optax.Params) -> MomentumState:
@@ -122,10 +123,10 @@ def given_direction(name: str = "direction", *, sign: float = 1) -> Ascent:
         direction = tree_argument(extra_args, name, updates, "follows")
         return _tree.scale(sign, _tree.at_least_float32(direction)), state
 
-    return following(
+    return Ascent.of(
         optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn),
-        None,
         uses_gradient=False,
+        shows_nonfinite=True,
     )
 
 

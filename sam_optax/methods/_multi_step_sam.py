@@ -1,7 +1,6 @@
 """SAM with several ascent steps."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Unpack
 
 import optax
@@ -9,7 +8,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_static_integer, require_grad_fn, require_params
 from sam_optax._hyperparameters import ScalarOrSchedule
-from sam_optax._parts import climb, follow, following, follows, uses_gradient
+from sam_optax._parts import Ascent, as_ascent
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
@@ -39,13 +38,12 @@ def ascend_repeatedly(
         from `update`, if params or grad_fn is missing.
     """
     check_static_integer("steps", steps)
-    if not uses_gradient(ascent):
+    if not as_ascent(ascent).uses_gradient:
         raise ValueError(
             "ascend_repeatedly takes a gradient at each of its points, and this ascent "
             "does not use them: all its steps would be the same."
         )
-    follow_fn = partial(follow, ascent) if follows(ascent) else None
-    ascent = optax.with_extra_args_support(ascent)
+    single = as_ascent(ascent)
 
     def update_fn(
         updates: optax.Updates,
@@ -57,19 +55,19 @@ def ascend_repeatedly(
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         extra_args = {**extra, "grad_fn": grad_fn, "perturb": perturb}
-        step, new_state, _ = climb(ascent, updates, state, params, extra_args)
+        step, new_state, _ = single.climb(updates, state, params, **extra_args)
         perturbation = _tree.scale(1 / steps, step)
         for _ in range(steps - 1):
             require_params(params, "ascend_repeatedly")
             require_grad_fn(grad_fn, "ascend_repeatedly")
             g = _tree.at_least_float32(grad_fn(perturb(params, perturbation)))
             extra_args["ascent_gradient"] = g
-            step, _, _ = climb(ascent, g, state, params, extra_args)
+            step, _, _ = single.climb(g, state, params, **extra_args)
             perturbation = _tree.add_scaled(perturbation, 1 / steps, step)
         return perturbation, new_state
 
-    repeated = optax.GradientTransformationExtraArgs(ascent.init, update_fn)
-    return following(repeated, follow_fn)
+    repeated = optax.GradientTransformationExtraArgs(single.init, update_fn)
+    return Ascent.of(repeated, follow=single.follow, may_descend=single.may_descend)
 
 
 @record(

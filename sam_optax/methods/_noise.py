@@ -9,7 +9,7 @@ import optax
 
 from sam_optax import _tree
 from sam_optax._masks import Mask, resolve_mask
-from sam_optax._parts import following
+from sam_optax._parts import Ascent
 from sam_optax._random import Key, key_stream
 
 
@@ -65,4 +65,4 @@ def stay() -> optax.GradientTransformationExtraArgs:
     gᵃ is then the gradient at the parameters, and the only one that the step takes.
     """
     nothing = optax.stateless(lambda updates, params: _tree.zeros_like(updates))
-    return following(nothing, None, uses_gradient=False)
+    return Ascent.of(nothing, uses_gradient=False)

@@ -17,7 +17,7 @@ from sam_optax._checks import (
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask
-from sam_optax._parts import chain, following, follows, uses_gradient
+from sam_optax._parts import Ascent, as_ascent, chain
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
@@ -47,7 +47,7 @@ def replace_by_noise(key: Key = 0) -> optax.GradientTransformationExtraArgs:
         return _tree.scale(scale, _tree.normal_like(key, updates))
 
     noise = noisy(key, draw, name="replace_by_noise")
-    return following(noise, None, uses_gradient=False)
+    return Ascent.of(noise, uses_gradient=False, shows_nonfinite=True)
 
 
 class SmoothedState(NamedTuple):
@@ -92,12 +92,12 @@ def ascend_from_noise(
     check_number("sigma", sigma, at_least=0)
     if radius is not None:
         check_constant("radius", radius, at_least=0)
-    if follows(ascent) or not uses_gradient(ascent):
+    ascent = as_ascent(ascent)
+    if ascent.follow or not ascent.uses_gradient:
         raise ValueError(
             "ascend_from_noise gives the ascent the gradient at a random point, and "
             "this ascent follows something else than the gradient."
         )
-    ascent = optax.with_extra_args_support(ascent)
     keys = key_stream(key, f"ascend_from_noise {name}".strip())
 
     def part(sigma):
@@ -126,7 +126,7 @@ def ascend_from_noise(
             return _tree.add_scaled(noise, 1, step), SmoothedState(later, inner)
 
         noisy_ascent = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-        return following(noisy_ascent, None, uses_gradient=False)
+        return Ascent.of(noisy_ascent, uses_gradient=False)
 
     return scheduled(part, sigma=sigma, uses_gradient=False)
 

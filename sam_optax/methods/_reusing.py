@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from sam_optax._hyperparameters import ScalarOrSchedule
-from sam_optax._step import Cadence
+from sam_optax._parts import Cadence
 from sam_optax.methods._look_sam import every_k_reusing
 
 

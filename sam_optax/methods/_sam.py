@@ -14,7 +14,8 @@ from sam_optax._hyperparameters import (
     nan_if_negative,
     scheduled,
 )
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._record import record
 
 

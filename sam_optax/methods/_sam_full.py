@@ -8,7 +8,8 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._average import advance_ema, start_ema
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import sam_ascent

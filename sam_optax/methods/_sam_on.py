@@ -8,8 +8,9 @@ import optax
 
 from sam_optax._hyperparameters import ScalarOrSchedule
 from sam_optax._masks import Mask
+from sam_optax._parts import Ascent, chain
 from sam_optax._random import Key
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._by_layer import scale_by_leaf_norm
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import (

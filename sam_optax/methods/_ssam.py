@@ -17,7 +17,7 @@ from sam_optax._checks import (
 )
 from sam_optax._doors.batch import loss_and_aux
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
-from sam_optax._parts import chain, reading_gradient
+from sam_optax._parts import Ascent, chain
 from sam_optax._random import Key, key_stream
 from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._order import (
@@ -275,7 +275,8 @@ def _masked_by(
         )
         return updates, SparseState(optax.safe_increment(step), later, after)
 
-    return reading_gradient(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    part = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Ascent.of(part, reads_gradient=True, shows_nonfinite=True)
 
 
 def _keep_largest(scores: Any, wanted: Count, among: Any = None) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_transformation, require_params
-from sam_optax._parts import Ascent, climb, follow, follows, uses_gradient
+from sam_optax._parts import Ascent, as_ascent, follow
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_at_random
 
@@ -59,6 +59,7 @@ def with_state_dtype(
     follows d, such as `msam`.
     """
     check_transformation("ascent", ascent)
+    inner = as_ascent(ascent)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}.")
     narrow_dtype = jnp.dtype(dtype)
@@ -74,7 +75,7 @@ def with_state_dtype(
         )
 
     def widen(state: Any, params: Any) -> Any:
-        own = jax.eval_shape(ascent.init, params)
+        own = jax.eval_shape(inner.init, params)
         return jax.tree.map(
             lambda x, like: x.astype(like.dtype) if is_narrowed(like) else x, state, own
         )
@@ -100,7 +101,7 @@ def with_state_dtype(
             keys.start(),
             jax.tree.map(
                 lambda x: x.astype(narrow_dtype) if is_narrowed(x) else x,
-                ascent.init(params),
+                inner.init(params),
             ),
         )
 
@@ -108,17 +109,20 @@ def with_state_dtype(
         require_params(params, "with_state_dtype")
         key, key_data = keys.next(state.narrow_key)
         wide = widen(state.narrow_state, params)
-        updates, wide, found = climb(ascent, updates, wide, params, extra_args)
+        updates, wide, found = inner.climb(updates, wide, params, **extra_args)
         return updates, NarrowState(key_data, narrow(wide, key)), found
 
     def follow_fn(d, state, params):
         key, key_data = keys.next(state.narrow_key)
-        wide = follow(ascent, d, widen(state.narrow_state, params), params)
+        wide = follow(inner, d, widen(state.narrow_state, params), params)
         return NarrowState(key_data, narrow(wide, key))
 
     return Ascent.from_climb(
         init_fn,
         climb_fn,
-        follow_fn if follows(ascent) else None,
-        uses_gradient(ascent),
+        follow=follow_fn if inner.follow else None,
+        uses_gradient=inner.uses_gradient,
+        reads_gradient=inner.reads_gradient,
+        shows_nonfinite=inner.shows_nonfinite,
+        may_descend=inner.may_descend,
     )

@@ -16,7 +16,7 @@ from sam_optax._checks import (
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
 from sam_optax._masks import Mask, restrict
-from sam_optax._parts import Descent, climb, follows
+from sam_optax._parts import Descent, as_ascent
 from sam_optax._random import Key
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
@@ -52,12 +52,12 @@ def tilt(
         missing.
     """
     check_number("tilt", tilt)
-    if any(map(follows, others)):
+    ascents = [as_ascent(ascent) for ascent in others]
+    if any(ascent.follow for ascent in ascents):
         raise ValueError(
             "tilt= takes the gradients at the points of other ascents within a step, "
             "and one of them learns from d, which is known only after it."
         )
-    ascents = [optax.with_extra_args_support(ascent) for ascent in others]
 
     def init_fn(params: optax.Params) -> tuple[Any, ...]:
         return tuple(ascent.init(params) for ascent in ascents)
@@ -85,8 +85,8 @@ def tilt(
             extra_args["ascent_gradient"] = ascent_gradient
             losses, gradients, states = [perturbed_loss], [], []
             for ascent, own in zip(ascents, state, strict=True):
-                perturbation, own, _ = climb(
-                    ascent, ascent_gradient, own, params, extra_args
+                perturbation, own, _ = ascent.climb(
+                    ascent_gradient, own, params, **extra_args
                 )
                 loss, gradient = value_and_grad_fn(perturb(params, perturbation))
                 losses.append(_tree.at_least_float32(jnp.asarray(loss)))

@@ -7,7 +7,8 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._step import Ascent, Options, chain, sharpness_aware
+from sam_optax._parts import Ascent, chain
+from sam_optax._step import Options, sharpness_aware
 from sam_optax.methods._average import advance_ema, start_ema
 from sam_optax.methods._record import record
 from sam_optax.methods._sam import sam_ascent
@@ -42,7 +43,7 @@ def follow_ema(
 
         return optax.GradientTransformation(start_ema, update_fn)
 
-    return scheduled(part, theta=theta)
+    return Ascent.of(scheduled(part, theta=theta), shows_nonfinite=True)
 
 
 def vasso_ascent(
