@@ -16,7 +16,7 @@ _handed_out = HandedOut()
 
 
 class _Cargo:
-    """What the gradients of one step carry. Equal to itself only, never a pytree leaf.
+    """What the gradients of one step carry.
 
     Attributes:
       recipe: of the transformation that made the gradients.
@@ -38,6 +38,18 @@ class _Cargo:
         )
         self.was_traced = was_traced
         self.trace = current_traces()[0]
+        self.label = _Label(self)
+
+
+class _Label:
+    """Stands for a cargo in the structure of its gradients. Equal to itself only.
+
+    JAX's caches keep structures, and a cargo holds values of a trace, which must not
+    outlive it. So the gradients hold the cargo, and the structure refers to it weakly.
+    """
+
+    def __init__(self, cargo: _Cargo):
+        self.cargo = weakref.ref(cargo)
 
     def __repr__(self) -> str:
         # JAX shows this where gradients of two steps are taken together.
@@ -47,14 +59,16 @@ class _Cargo:
         )
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 class SharpnessAwareGradients:
     """The sharpness-aware gradient d, which carries the next SAM state as aux data.
 
-    To everything that handles gradients this is the tree d: norms, `jax.tree.map`,
-    `lax.pmean` and unscaling of the loss act on d alone. The SAM transformation in the
-    optimizer chain takes d and its own next state out of it. Both must happen in the
-    same jitted function.
+    To what takes a tree of gradients alone, such as norms and `jax.tree.map`, this is
+    the tree d, with its leaves and their paths. The SAM transformation in the optimizer
+    chain takes d and its own next state out of it. Both must happen in the same jitted
+    function. The SAM state, such as an average of the gradient, is made already, and is
+    not changed with d: means over devices are taken by `axis_name=`, and with a scaled
+    loss the step calls the update itself (`value_and_ascent_grad`).
 
     Attributes:
       gradients: d, with the structure of the parameters.
@@ -71,12 +85,15 @@ class SharpnessAwareGradients:
         report: Report | None = None,
     ):
         self.gradients = gradients
-        self._cargo = _Cargo(recipe, before, state, report, is_traced(gradients))
+        self._cargo: _Cargo | None = _Cargo(
+            recipe, before, state, report, is_traced(gradients)
+        )
 
     @property
     def report(self) -> Report | None:
-        report = self._cargo.report
-        if is_traced(report) and not is_current(self._cargo.trace):
+        cargo = self._cargo
+        report = None if cargo is None else cargo.report
+        if cargo is None or (is_traced(report) and not is_current(cargo.trace)):
             raise ValueError(
                 "This report belongs to a trace that has ended. Return "
                 "gradients.report from the jitted function that computes the "
@@ -96,7 +113,7 @@ class SharpnessAwareGradients:
                 "The gradients must keep their structure and shapes. In the new ones, "
                 f"{mismatch}."
             )
-        return self.tree_unflatten(self._cargo, (gradients,))
+        return self._with(gradients, self._cargo)
 
     def __contains__(self, key: Any) -> bool:
         # Flax asks whether a collection of its own is among the gradients.
@@ -124,12 +141,14 @@ class SharpnessAwareGradients:
         for another state than they were computed for.
         """
         cargo = self._cargo
-        if not is_current(cargo.trace):
+        if cargo is None or not is_current(cargo.trace):
             raise ValueError(
                 "These gradients come from another trace: sam_value_and_grad and "
                 "tx.update ran in different jitted functions. The gradients carry the "
                 "next SAM state, so call both in the same jitted function; do not "
-                "return the gradients from one and pass them to another."
+                "return the gradients from one and pass them to another. (If you have "
+                "rebuilt them from leaves and structure, keep the gradients themselves "
+                "until then.)"
             )
         difference = first_difference(cargo.recipe, recipe)
         mismatch = _tree.mismatch(cargo.before, state)
@@ -159,12 +178,36 @@ class SharpnessAwareGradients:
         _handed_out.add(cargo.state)
         return self.gradients, cargo.state
 
+    # The children are those of d's first node, so that paths are those of d.
+
+    def _is_child(self, node: Any) -> bool:
+        return node is not self.gradients
+
     def tree_flatten(self):
-        return (self.gradients,), self._cargo
+        children, structure = jax.tree.flatten(self.gradients, is_leaf=self._is_child)
+        return children, (self._label, structure)
+
+    def tree_flatten_with_keys(self):
+        pairs, structure = jax.tree_util.tree_flatten_with_path(
+            self.gradients, is_leaf=self._is_child
+        )
+        array = jax.tree_util.GetAttrKey("gradients")
+        keyed = [(path[0] if path else array, child) for path, child in pairs]
+        return keyed, (self._label, structure)
+
+    @property
+    def _label(self) -> _Label | None:
+        return None if self._cargo is None else self._cargo.label
 
     @classmethod
-    def tree_unflatten(cls, cargo: _Cargo, children):
-        if is_traced(children) and not cargo.was_traced:
+    def tree_unflatten(cls, aux: tuple[_Label | None, Any], children):
+        label, structure = aux
+        cargo = None if label is None else label.cargo()
+        return cls._with(structure.unflatten(children), cargo)
+
+    @classmethod
+    def _with(cls, gradients: Any, cargo: _Cargo | None) -> "SharpnessAwareGradients":
+        if cargo is not None and is_traced(gradients) and not cargo.was_traced:
             raise ValueError(
                 "These gradients were computed outside of a jitted function (or of "
                 "jax.lax.cond, jax.lax.scan, jax.vmap and the like) and handed to it. "
@@ -172,10 +215,9 @@ class SharpnessAwareGradients:
                 "function. Call sam_value_and_grad and tx.update in the same function; "
                 "to pass on the values alone, pass grads.gradients."
             )
-        gradients = object.__new__(cls)
-        (gradients.gradients,) = children
-        gradients._cargo = cargo
-        return gradients
+        carrier = object.__new__(cls)
+        carrier.gradients, carrier._cargo = gradients, cargo
+        return carrier
 
 
 class ReportSlot:
