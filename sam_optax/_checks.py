@@ -2,6 +2,9 @@
 
 import math
 import numbers
+import sys
+import types
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +13,20 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
+
+_NOT_THE_USERS = {"sam_optax", "optax", "jax", "flax", "functools"}
+
+
+def warn(message: str) -> None:
+    """A warning that names the user's line, behind the libraries that call us."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package_of(frame) in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _package_of(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def check_number(

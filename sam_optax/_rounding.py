@@ -1,12 +1,12 @@
 """w + ε, in at least float32 until it is rounded to the dtype of w."""
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sam_optax import _tree
+from sam_optax._checks import warn
 from sam_optax._masks import Mask, resolve_mask
 from sam_optax._random import Key, key_stream
 from sam_optax._sharding import layout_for_new
@@ -55,12 +55,11 @@ class Rounding:
         if not coarse:
             return
         self._has_warned = True
-        warnings.warn(
+        warn(
             f"Some perturbed parameters are {' and '.join(sorted(coarse))}: rounding "
             "w + ε to them can swallow the whole perturbation, which silently turns "
             "SAM into its base optimizer. Keep the parameters in float32 and compute "
-            "in half precision, or pass stochastic_rounding= (a random key).",
-            stacklevel=3,
+            "in half precision, or pass stochastic_rounding= (a random key)."
         )
 
 

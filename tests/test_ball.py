@@ -375,3 +375,8 @@ def test_gaps_and_eigenvalue_at_a_trained_minimum_of_the_digits():
     estimate = sharpness.eigenvalue_from_gap(worst.sharpness, rho)
     assert float(estimate) == pytest.approx(float(largest), rel=0.03)
     assert 0 < gap.sharpness <= worst.sharpness
+
+
+def test_the_eigenvalue_of_a_tiny_gap_is_in_range():
+    value = sharpness.eigenvalue_from_gap(np.float32(4.5e-30), rho=np.float32(1e-23))
+    assert float(value) == pytest.approx(9e16, rel=1e-5)

@@ -307,3 +307,24 @@ def test_streams_have_numbers_of_their_own():
 )
 def test_what_the_arguments_of_the_loss_are(data, expected):
     assert _batches.as_arguments(data) == expected
+
+
+def test_a_copy_of_a_stream_raises_the_error_of_reading_and_keeps_the_batches():
+    class Failing(list):
+        def __getitem__(self, index):
+            if index == 1 and self.fails:
+                raise OSError("no such file")
+            return super().__getitem__(index)
+
+    batches = Failing([np.ones((2, 3)), 2 * np.ones((2, 3)), np.ones((2, 3))])
+    batches.fails = False
+    H = sharpness.hessian(
+        lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), sharpness.stream(batches)
+    )
+    whole = H(jnp.ones(3))
+    copy = jax.tree.map(lambda x: x, H)
+    del H
+    np.testing.assert_array_equal(copy(jnp.ones(3)), whole)
+    batches.fails = True
+    with pytest.raises(OSError, match="no such file"):
+        copy(jnp.ones(3))

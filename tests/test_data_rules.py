@@ -531,3 +531,22 @@ def test_extra_args_that_the_helper_passes_itself():
         helper(
             w, *make_batch(), opt_state=sam().init(w), extra_args={"grad_fn": gradient}
         )
+
+
+def test_weighing_examples_keeps_the_auxiliary_output_of_another_loss():
+    def loss_fn(w, x):
+        return w * x, jnp.sum(x)
+
+    def rule(batch, params):
+        weighed = batch.weigh(jnp.array([1.0, 3.0]))
+        assert weighed.user_loss_fn is None
+        other = weighed.with_loss(lambda w, x: (jnp.sum(w**2 * x), jnp.float32(7)))
+        there = other.gradient(params)
+        return sam_optax.data.Choice(there, other.gradient, other.gradient)
+
+    sam = sam_optax.sam(rho=0.5)
+    helper = sam_optax.sam_value_and_grad(loss_fn, sam, has_aux=True, data=rule)
+    (loss, aux), grads = helper(
+        jnp.array(1.0), jnp.array([1.0, 2.0]), opt_state=sam.init(jnp.array(1.0))
+    )
+    assert (float(loss), float(aux), float(grads.gradients)) == (3.0, 7.0, 9.0)

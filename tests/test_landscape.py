@@ -177,3 +177,13 @@ def test_directions():
     gradient = jax.grad(loss_fn)(params, *data)
     norm = optax.tree.norm(gradient)
     assert_trees_close(steepest, jax.tree.map(lambda g: g / norm, gradient), rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_filters_of_any_scale_keep_their_norms(scale):
+    kernel = np.float32(scale) * jnp.array([[3.0, 0.0], [4.0, 1.0]], jnp.float32)
+    v = sharpness.filter_normalized_direction(kernel)
+    norms = np.linalg.norm(np.asarray(v, np.float64), axis=0)
+    np.testing.assert_allclose(norms, [5 * scale, scale], rtol=1e-5)
+    zero = sharpness.filter_normalized_direction(jnp.zeros((2, 2), jnp.float32))
+    np.testing.assert_array_equal(zero, 0)

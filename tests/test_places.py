@@ -401,3 +401,15 @@ def test_a_report_has_no_nan_under_debug_nans(ascends):
     assert report.perturbed_loss == report.surrogate_gap == 0  # not known here
     assert report.descent_norm == pytest.approx(5.5 if ascends else 0)
     assert report.perturbation_norm == pytest.approx(0.5 if ascends else 0)
+
+
+def test_warnings_name_the_line_of_the_user():
+    sam = sam_optax.sam()
+    tx, w = optax.chain(sam, optax.sgd(0.1)), jnp.ones(2, jnp.bfloat16)
+    with pytest.warns(UserWarning, match="swallow the whole perturbation") as found:
+        tx.update(w, tx.init(w), w, grad_fn=lambda w: w)
+    assert found[0].filename == __file__
+    helper = sam_optax.sam_value_and_grad(jnp.sum, sam_optax.sam())
+    with pytest.warns(UserWarning, match="swallow the whole perturbation") as found:
+        jax.jit(lambda w: helper(w, opt_state=sam.init(w))[0])(w)
+    assert found[0].filename == __file__

@@ -297,6 +297,6 @@ def test_streamed_batches_must_be_alike():
 
 
 def test_without_matfree_there_is_a_remedy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matfree.decomp", None)
+    monkeypatch.setitem(__import__("sys").modules, "matfree.stochtrace", None)
     with pytest.raises(ImportError, match=r"pip install \"sam_optax\[sharpness\]\""):
         sharpness.trace(sharpness.hessian(lose, W, X))

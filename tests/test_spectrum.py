@@ -171,6 +171,51 @@ def test_lanczos_goes_on_where_it_would_divide_by_zero(dtype, factor):
     assert float(moment) == pytest.approx(2 * factor, rel=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("size", "count"), [(10, 10), (24, 24), (60, 50)])
+def test_lanczos_is_right_where_a_matrix_has_few_different_eigenvalues(
+    size, count, dtype
+):
+    """c·I + a matrix of rank one, of which the basis soon spans all but nothing new."""
+    u = np.ones(size, dtype) / size**0.5
+
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2) / 2 + jnp.sum(w**2) / 20
+
+    H = sharpness.hessian(loss, jnp.zeros(size, dtype), jnp.stack([2 * u, 0 * u]))
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    for key in range(3):
+        largest = sharpness.eigenpairs(H, 3, num_matvecs=count, key=key)
+        np.testing.assert_allclose(largest.values, [2.1, 0.1, 0.1], rtol=tolerance)
+        np.testing.assert_allclose(abs(largest.vector(0) @ u), 1, rtol=tolerance)
+        gram = largest.vectors @ largest.vectors.T
+        np.testing.assert_allclose(gram, np.eye(3), atol=tolerance)
+        assert np.all(np.abs(largest.values - np.array([2.1, 0.1, 0.1])) < 1e-6)
+        assert np.all(largest.residuals < 100 * tolerance)
+        smallest = sharpness.eigenpairs(H, 1, which="smallest", key=key)
+        np.testing.assert_allclose(smallest.values, 0.1, rtol=10 * tolerance)
+    density = sharpness.spectral_density(H, num_matvecs=count, num_samples=3)
+    assert density.nodes.min() > 0.1 - tolerance
+    assert density.nodes.max() < 2.1 + tolerance
+    np.testing.assert_allclose(density.weights.sum(axis=1), 1, rtol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_a_standard_error_is_right_at_any_scale(scale):
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+    def error(factor):
+        def loss(w, x):
+            return jnp.mean((x @ w) ** 2) * jnp.float32(factor)
+
+        H = sharpness.hessian(loss, jnp.zeros(5, jnp.float32), x)
+        estimate = sharpness.trace(H, num_samples=10)
+        return np.float64(estimate.mean), np.float64(estimate.standard_error)
+
+    np.testing.assert_allclose(np.divide(error(scale), scale), error(1.0), rtol=1e-5)
+    assert error(1.0)[1] > 0.1
+
+
 def test_trace_is_within_three_standard_errors_which_are_right():
     H = dense("hessian")
     samples = 200
@@ -308,7 +353,9 @@ def test_random_measures_have_the_key_zero_by_default():
     noise = {"samples": 3, "rho": 0.1}
     measures = [
         lambda **key: sharpness.eigenpairs(A, num_matvecs=3, **key).values,
-        lambda **key: sharpness.spectral_density(A, num_matvecs=3, **key).nodes,
+        lambda **key: (
+            sharpness.spectral_density(matrix("hessian"), num_matvecs=3, **key).nodes
+        ),
         lambda **key: (
             sharpness.average_case(
                 lambda w, x: jnp.sum(w**2) * x.mean(),

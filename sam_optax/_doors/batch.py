@@ -33,6 +33,8 @@ class Batch:
     _args: tuple[Any, ...]
     _kwargs: dict[str, Any]
     _slots: Callable[[], Slots]
+    _has_aux: bool
+    user_loss_fn: Any  # that the helper was given; None if a rule has changed it
 
     def forward(self, point: Any) -> Pass:
         """The loss at a point."""
@@ -51,19 +53,17 @@ class Batch:
         )
         return Pass(loss, gradient, aux, self, returned)
 
-    @property
-    def user_loss_fn(self) -> Callable[..., Any] | None:
-        """The loss_fn that the helper was given; None if a rule has changed it."""
-        return getattr(self._loss_fn, "loss_fn", None)
-
     def call(self, function: Callable[..., Any], point: Any) -> Any:
         """Another function of the arguments of loss_fn, with these examples."""
         return function(point, *self._args, **self._kwargs)
 
     def with_loss(self, loss_fn: Callable[..., Any]) -> "Batch":
         """The same examples with another loss, of anything and these examples."""
-        has_aux = getattr(self._loss_fn, "has_aux", False)
-        return dataclasses.replace(self, _loss_fn=with_aux(loss_fn, has_aux))
+        return self.with_loss_and_aux(with_aux(loss_fn, self._has_aux))
+
+    def with_loss_and_aux(self, loss_fn: Callable[..., Any]) -> "Batch":
+        """The same examples with another function, which returns (loss, aux)."""
+        return dataclasses.replace(self, _loss_fn=loss_fn, user_loss_fn=None)
 
     @property
     def examples(self) -> list[Any]:
@@ -119,7 +119,7 @@ class Batch:
                 )
             return returned * jnp.asarray(weights, returned.dtype), aux
 
-        return dataclasses.replace(self, _loss_fn=weighted_loss)
+        return self.with_loss_and_aux(weighted_loss)
 
     def replace(self, examples: Sequence[Any]) -> "Batch":
         """Other examples, in the places of these."""
@@ -150,20 +150,19 @@ def make_batch(
     def slots() -> Slots:
         return _find_slots(loss_fn, args, kwargs, argnums, argnames)
 
-    return Batch(with_aux(loss_fn, has_aux), args, kwargs, slots)
+    whole = with_aux(loss_fn, has_aux)
+    return Batch(whole, args, kwargs, slots, has_aux, loss_fn)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class with_aux:
+def with_aux(
+    loss_fn: Callable[..., Any], has_aux: bool, name: str = "loss_fn"
+) -> Callable[..., tuple[Any, Any]]:
     """The user's loss_fn as one that returns (loss, aux)."""
 
-    loss_fn: Callable[..., Any]
-    has_aux: bool
-    name: str = "loss_fn"
+    def loss_with_aux(point: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return loss_and_aux(loss_fn(point, *args, **kwargs), has_aux, name)
 
-    def __call__(self, point: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        result = self.loss_fn(point, *args, **kwargs)
-        return loss_and_aux(result, self.has_aux, self.name)
+    return loss_with_aux
 
 
 def _mean(loss: Any) -> jax.Array:
@@ -312,7 +311,7 @@ def another_ascent(
             _check_match(batch.examples, others)
             other = other.replace(others)
         if loss_fn is not None:
-            other = dataclasses.replace(other, _loss_fn=loss_fn)
+            other = other.with_loss_and_aux(loss_fn)
         return Choice(
             batch.forward(params),
             other.gradient,

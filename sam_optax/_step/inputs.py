@@ -1,7 +1,6 @@
 """What comes into a step: its examples as functions of a point, and its checks."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
+from sam_optax._checks import warn
 from sam_optax._masks import masks_leaves
 from sam_optax._parts import Cadence, Descent, as_ascent, compares
 from sam_optax._step.sameness import may_be_same
@@ -242,13 +242,12 @@ def warn_if_descends(ascent: optax.GradientTransformation) -> None:
     except Exception:
         return
     if falls:
-        warnings.warn(
+        warn(
             "The ascent points against the gradient, so the loss falls along ε. An "
             "optimizer does so: its updates are made to be added to the parameters in "
             "a descent. To ascend, use parts that keep the sign of the gradient, such "
             "as optax.chain(sam_optax.ascents.normalize_by_global_norm(), "
-            "sam_optax.ascents.scale_by_rho(0.1)), or end yours by optax.scale(-1).",
-            stacklevel=3,
+            "sam_optax.ascents.scale_by_rho(0.1)), or end yours by optax.scale(-1)."
         )
 
 
@@ -346,11 +345,11 @@ def check_call(
             "each."
         )
     if taken is not None and not may_be_same(taken.gradient, updates):
-        warnings.warn(
+        warn(
             "The gradients are not those that came with grad_fn=: something has "
             "changed them. If it is a transformation before SAM in the chain, put it "
             "after SAM, where it acts on the gradient to descend on; before SAM, it "
             "only acts on the one that the perturbation is made of. If gradients are "
-            "scaled, scale them after SAM, by optax.scale.",
-            stacklevel=3,
+            "scaled, scale them after SAM, by optax.scale. If they are averaged over "
+            "devices, pass axis_name= to the helper instead."
         )

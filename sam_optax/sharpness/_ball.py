@@ -392,7 +392,7 @@ def eigenvalue_from_gap(gap: Any, rho: Any) -> Any:
         raise ValueError("rho must be > 0, got 0.")
     if hasattr(rho, "dtype") and isinstance(gap, jax.Array) and _tree.is_inexact(gap):
         rho = jnp.asarray(rho, gap.dtype)
-    return 2 * gap / rho**2
+    return 2 * (gap / rho) / rho
 
 
 def _check_at_least_zero(name: str, value: Any) -> None:

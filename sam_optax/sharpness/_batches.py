@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sam_optax import _sharding as sharding
 from sam_optax import _tree
@@ -49,7 +50,10 @@ class Stream:
         (stream._number,) = children
         stream.count = static[0]
         stream.first, stream.last = (s.unflatten(leaves) for leaves, s in static[1:])
-        stream._source = None
+        # A copy by `jax.tree.map` keeps the batches alive as well.
+        number = stream._number
+        known = isinstance(number, (int, np.integer, np.ndarray))
+        stream._source = _sources.get(int(number)) if known else None
         return stream
 
     def fetch(self, index: Any, *, is_last: bool) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -73,9 +77,12 @@ class Stream:
 
     def take_error(self) -> Exception | None:
         """The first error that reading a batch has raised since the last call."""
-        if self._source is None:
+        if isinstance(self._number, Tracer):
             return None
-        error, self._source.error = self._source.error, None
+        source = _sources.get(int(self._number))
+        if source is None:
+            return None
+        error, source.error = source.error, None
         return error
 
 

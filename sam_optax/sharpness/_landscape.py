@@ -402,7 +402,9 @@ def _filter_normalized_direction(params, key, filter_axis):
         inside = tuple(np.delete(range(weights.ndim), filter_axis))
 
         def norms(x):
-            return jnp.sqrt(jnp.sum(x**2, axis=inside, keepdims=True))
+            largest = jnp.max(jnp.abs(x), axis=inside, keepdims=True)
+            scaled = x / jnp.where(largest == 0, 1, largest)  # whose squares are finite
+            return largest * jnp.sqrt(jnp.sum(scaled**2, axis=inside, keepdims=True))
 
         return noise * (norms(weights) / norms(noise))
 

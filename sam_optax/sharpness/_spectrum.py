@@ -1,4 +1,4 @@
-"""Eigenvalues, trace and spectral density of a matrix, computed with matfree."""
+"""Eigenvalues, trace and spectral density of a matrix, from its products alone."""
 
 import functools
 from collections.abc import Callable
@@ -128,7 +128,6 @@ def eigenpairs(
     Raises:
       ValueError: if k or num_matvecs is not an integer from 1 to the dimension, or
         num_matvecs < k.
-      ImportError: if matfree is not installed (`pip install "sam_optax[sharpness]"`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,13 +140,10 @@ def eigenpairs(
 
     References:
       Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
-      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The Lanczos
-      decomposition is that of Krämer et al.,
-      `matfree <https://github.com/pnkraemer/matfree>`_.
+      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019.
 
-    Cost: num_matvecs + 1 products with the matrix, and 2 num_matvecs vectors in memory.
+    Cost: num_matvecs + 1 products with the matrix, and num_matvecs vectors in memory.
     """
-    _matfree()
     check_positive_integer("k", k)
     if which not in ("largest", "smallest"):
         raise ValueError(f'which must be "largest" or "smallest", got {which!r}.')
@@ -234,7 +230,6 @@ def spectral_density(
     Raises:
       ValueError: if a count is not a positive integer, or num_matvecs is above the
         dimension.
-      ImportError: if matfree is not installed (`pip install "sam_optax[sharpness]"`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -247,13 +242,11 @@ def spectral_density(
 
     References:
       Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
-      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019. The Lanczos
-      decomposition is that of `matfree <https://github.com/pnkraemer/matfree>`_.
+      Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019.
 
-    Cost: num_samples · (num_matvecs + 1) products with the matrix, and 2 num_matvecs
+    Cost: num_samples · (num_matvecs + 1) products with the matrix, and num_matvecs
       vectors in memory.
     """
-    _matfree()
     size = matrix.dimension
     count = min(size, 50) if num_matvecs is None else num_matvecs
     _check_matvecs(count, size)
@@ -265,11 +258,10 @@ def spectral_density(
 def _matfree() -> Any:
     """Imports matfree when it is needed, because it is an optional dependency."""
     try:
-        import matfree.decomp
         import matfree.stochtrace
     except ImportError as error:
         raise ImportError(
-            "Eigenvalues, traces and spectra are computed with matfree. To install it: "
+            "Traces are computed with matfree. To install it: "
             'pip install "sam_optax[sharpness]".'
         ) from error
     return matfree
@@ -324,32 +316,56 @@ class _Tridiagonal(NamedTuple):
 
 
 def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Tridiagonal:
+    """Lanczos' decomposition, with full reorthogonalisation.
+
+    matfree's would divide by what a product adds to the basis, and that is nothing but
+    rounding errors once the basis spans an invariant subspace, which for a multiple of
+    the identity is after one product. Here a random direction takes its place, which is
+    orthogonal to all that came before.
+    """
     multiply, _, _ = _flat(matrix)
-    # Products are scaled to entries of about 1, because matfree sums the squares of
-    # entries, which could overflow or underflow.
+    # Products are scaled to entries of about 1, because squares of entries could
+    # overflow or underflow.
     scale = jnp.max(jnp.abs(multiply(start)))
     shrink = _tree.reciprocal_or_zero(scale)
     config: Any = jax.config
     of_caller = config.jax_default_matmul_precision
 
-    def multiply_inexactly(v):
-        # Lanczos divides by the norm of what a product adds to the basis. That norm is
-        # zero once the basis spans an invariant subspace, which for a multiple of the
-        # identity is after one product. Noise as small as rounding errors keeps it
-        # above zero.
+    def orthogonal(v, basis):
+        return v - jnp.matmul(basis.T, jnp.matmul(basis, v))
+
+    def unit(v):
+        return v / jnp.linalg.vector_norm(v)
+
+    def step(i, carry):
+        basis, diagonal, off_diagonal, v = carry
+        basis = basis.at[i].set(v)
         with jax.default_matmul_precision(of_caller):
             product = multiply(v) * shrink
-        bits = jax.lax.bitcast_convert_type(v[:1].astype(jnp.float32), jnp.uint32)[0]
-        noise = jax.random.normal(jax.random.key(bits), v.shape, v.dtype)
-        size = (jnp.linalg.vector_norm(product) + 1) / v.size**0.5
-        return product + jnp.finfo(v.dtype).eps * size * noise
+        rest = orthogonal(orthogonal(product, basis), basis)
+        length = jnp.linalg.vector_norm(rest)
+        rounding = 4 * jnp.finfo(v.dtype).eps * jnp.linalg.vector_norm(product)
+        adds_nothing = length <= rounding
+        noise_key = jax.random.fold_in(jax.random.key(0), i)
+        noise = jax.random.normal(noise_key, v.shape, v.dtype)
+        following = jnp.where(adds_nothing, noise, rest / length)
+        for _ in range(2):  # once would leave rounding errors where little is left
+            following = unit(orthogonal(following, basis))
+        diagonal = diagonal.at[i].set(jnp.vdot(v, product))
+        added = jnp.where(adds_nothing, 0, length)
+        return basis, diagonal, off_diagonal.at[i].set(added), following
 
-    decompose = _matfree().decomp.tridiag_sym(num_matvecs, custom_vjp=False)
+    zeros = jnp.zeros(num_matvecs, start.dtype)
+    basis = jnp.zeros((num_matvecs, start.size), start.dtype)
     # GPUs and TPUs multiply matrices of float32 with fewer digits by default. The basis
     # would then not be orthogonal, and eigenvalues would be found several times.
     with jax.default_matmul_precision("highest"):
-        basis, small, residual, _ = decompose(multiply_inexactly, start)
-    return _Tridiagonal(scale, small, basis, jnp.linalg.vector_norm(residual))
+        basis, diagonal, off_diagonal, _ = jax.lax.fori_loop(
+            0, num_matvecs, step, (basis, zeros, zeros, unit(start))
+        )
+    sides = jnp.diag(off_diagonal[:-1], 1)
+    small = jnp.diag(diagonal) + sides + sides.T
+    return _Tridiagonal(scale, small, basis, off_diagonal[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("k", "which", "num_matvecs"))
@@ -379,7 +395,7 @@ def _trace(matrix, key, *, num_samples):
 
 
 def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
-    return _matfree().stochtrace.sampler_signs(like, num=1)(key)[0]
+    return jax.random.rademacher(key, like.shape, like.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("num_matvecs", "num_samples"))
