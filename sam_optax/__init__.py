@@ -74,9 +74,9 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:
-    """Says where a former name has moved."""
+    """Says where to find what is not at the top level, or has another name now."""
     renamed = {
-        "surrogate_gap": "descents.gsam",
+        "surrogate_gap": "descents.gsam, or sharpness.surrogate_gap for the measure",
         "weigh_gap": "descents.blend, with the weight gamma / (1 - gamma)",
         "penalize_gap": "descents.blend, with the weight 1 + lam",
     }
@@ -86,6 +86,6 @@ def __getattr__(name: str) -> object:
                 renamed[name] = f"{space.__name__.removeprefix('sam_optax.')}.{moved}"
     if name in renamed and not name.startswith("_"):
         raise AttributeError(
-            f"sam_optax.{name} has moved: it is now sam_optax.{renamed[name]}."
+            f"sam_optax has no {name}: take sam_optax.{renamed[name]}."
         )
     raise AttributeError(f"module 'sam_optax' has no attribute {name!r}")

@@ -1,9 +1,10 @@
 """Arithmetic on trees of arrays.
 
-Norms, inner products and everything derived from them are computed in at least
-float32, whatever the dtype of the leaves, and stay correct where the square of an entry
-would overflow or underflow. Trees are traversed with `jax.tree` only, so `None` leaves
-(Equinox) and `optax.MaskedNode` pass through untouched.
+Norms, directions, projections and cosines are computed in at least float32, whatever
+the dtype of the leaves, and stay correct where the square of an entry would overflow or
+underflow. (`dot` and `squared_norm` themselves do overflow there.) Trees are traversed
+with `jax.tree` only, so `None` leaves (Equinox) and `optax.MaskedNode` pass through
+untouched.
 """
 
 import functools

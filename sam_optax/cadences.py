@@ -10,8 +10,7 @@ gradient over groups of examples and devices, so every device decides alike.
 from sam_optax._parts import Cadence, every_step
 from sam_optax.methods._ae_sam import when_steep
 from sam_optax.methods._late_sam import after
-from sam_optax.methods._look_sam import every_k, every_k_reusing
-from sam_optax.methods._reusing import reusing
+from sam_optax.methods._look_sam import every_k, every_k_reusing, reusing
 from sam_optax.methods._rst import at_random
 
 __all__ = [

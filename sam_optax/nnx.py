@@ -163,12 +163,15 @@ class _UpdatingSlot(ValueSlot):
 
 
 _CHANGED_ARGUMENT = (
-    "loss_fn changes an object of Flax NNX that is not the model, such as an nnx.Rngs "
-    "or an nnx.Metric among its arguments, or one that it has closed over. It cannot "
-    "be changed while gradients are taken. Make random streams a part of the model, "
-    "return what a metric needs as the auxiliary output (has_aux=True), and update the "
-    "metric after the gradients. If it is a part of the model, inside of "
-    "jax.checkpoint, jax.jit or jax.lax, take nnx.remat, nnx.jit and the like instead."
+    "loss_fn changes an object of Flax NNX that is not the model, such as an nnx.Rngs, "
+    "an nnx.Metric, or another model with batch normalisation or dropout, among its "
+    "arguments or closed over. It cannot be changed while gradients are taken. Make "
+    "random streams a part of the model; return what a metric needs as the auxiliary "
+    "output (has_aux=True), and update the metric after the gradients; switch another "
+    "model to eval(), or make both models parts of one, and choose which is trained by "
+    "wrt=, such as nnx.All(nnx.Param, nnx.PathContains('generator')). If it is a part "
+    "of the model, inside of jax.checkpoint, jax.jit or jax.lax, take nnx.remat, "
+    "nnx.jit and the like instead."
 )
 
 

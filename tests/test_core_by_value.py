@@ -25,7 +25,7 @@ def test_the_state_of_an_ascent_follows_g_even_if_the_second_gradient_is_bad():
     assert not np.any(np.isfinite(d))
     np.testing.assert_allclose(state.ascent_state[0].gradient_ema, 0.75 * W, rtol=1e-6)
     np.testing.assert_array_equal(state.cadence_state.kept_direction, kept)
-    assert state.cadence_state.cadence_step == 2
+    assert state.cadence_state.reusing_step == 2
 
 
 def test_the_state_of_a_descent_reverts_with_either_gradient():

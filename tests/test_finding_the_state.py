@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 
 import problem
@@ -40,7 +41,7 @@ def test_the_whole_chain_passed_as_the_sam_transformation():
     tx = optax.chain(sam_optax.sam(), optax.sgd(0.1))
     state, params = state_and_params(tx)
     helper = sam_value_and_grad(problem.loss, tx)
-    with pytest.raises(ValueError, match=r"not a chain that contains it"):
+    with pytest.raises(ValueError, match=r"not a chain or another wrapper"):
         helper(params, problem.batch(), opt_state=state)
 
 
@@ -95,3 +96,52 @@ def test_optax_can_map_over_what_the_state_holds_of_the_parameters(name):
     state = tx.init(problem.params())
     same = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf, state)
     assert_trees_equal(same, state)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
+        (
+            lambda tx: optax.conditionally_transform(tx, lambda step: step > 2),
+            r"optax.conditionally_transform, .*its cadence, such as .*late_sam",
+        ),
+        (
+            lambda tx: optax.conditionally_mask(tx, lambda step: step > 2),
+            r"optax.conditionally_mask, .*its cadence, such as .*late_sam",
+        ),
+        (
+            lambda tx: optax.contrib.mechanize(tx),
+            r"optax.contrib.mechanize, .*around the base optimizer alone",
+        ),
+    ],
+)
+def test_a_wrapper_that_computes_with_gradients_is_named_with_its_remedy(wrap, remedy):
+    sam, w = sam_optax.sam(), jnp.ones(2)
+    tx = wrap(optax.chain(sam, optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=remedy):
+        sam_value_and_grad(jnp.sum, sam)(w, opt_state=tx.init(w))
+    with pytest.raises(ValueError, match="not a chain or another wrapper"):
+        sam_value_and_grad(jnp.sum, wrap(sam))(w, opt_state=tx.init(w))
+
+
+def test_gradients_that_were_rebuilt_on_their_way_are_told():
+    sam = sam_optax.sam()
+    tx, w = optax.chain(sam, optax.sgd(0.1)), {"a": jnp.ones(2)}
+    helper = sam_value_and_grad(lambda w: jnp.sum(w["a"]), sam)
+    _, grads = helper(w, opt_state=tx.init(w))
+    rebuilt = {"a": grads.gradients["a"]}
+    with pytest.raises(ValueError, match=r"rebuilt them .*grads.replace\(...\)"):
+        tx.update(rebuilt, tx.init(w), w)
+    tx.update(grads.replace(rebuilt), tx.init(w), w)
+
+
+def test_a_helper_says_what_it_is_before_what_the_loss_is():
+    def loss_fn(w):
+        """The squared norm."""
+        return jnp.sum(w**2)
+
+    helper = sam_value_and_grad(loss_fn, sam_optax.sam())
+    assert helper.__name__ == "sam_value_and_grad_loss_fn"
+    first, _, last = helper.__doc__.partition("\n\n")
+    assert "sam_optax.sam_value_and_grad lists" in first
+    assert last == "The squared norm."

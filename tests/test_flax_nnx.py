@@ -339,15 +339,42 @@ def test_nnx_objects_besides_the_model_cannot_be_changed(wrap):
         metric.update(values=loss)
         return loss
 
+    def with_network(model, other, x):
+        return jnp.mean(model(other(x)))
+
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    network = nnx.BatchNorm(3, rngs=nnx.Rngs(2))
     for loss_fn, changed in (
         (with_stream, nnx.Rngs(1)),
         (with_metric, nnx.metrics.Average()),
+        (with_network, network),
     ):
         gradients = sam_optax.nnx.value_and_ascent_grad(loss_fn)
         step = wrap(lambda *args, f=gradients: f(*args)[0])
-        with pytest.raises(ValueError, match=r"an nnx.Rngs or an nnx.Metric"):
+        with pytest.raises(ValueError, match=r"an nnx.Rngs, .*or another model.*eval"):
             step(model, changed, data(0)[0])
+    network.eval()
+    assert np.isfinite(step(model, network, data(0)[0]))
+
+
+def test_of_two_networks_in_one_module_one_is_trained():
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.generator = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+            self.other = nnx.BatchNorm(3, rngs=nnx.Rngs(1))
+
+    pair, tx = Pair(), optax.chain(sam_optax.sam(0.5), optax.sgd(0.1))
+    wrt = nnx.All(nnx.Param, nnx.PathContains("generator"))
+    optimizer = nnx.Optimizer(pair, tx, wrt=wrt)
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(pair)))
+    _, grads, extra_args = sam_optax.nnx.value_and_ascent_grad(
+        lambda pair, x: jnp.mean(pair.other(pair.generator(x)) ** 3), wrt=wrt
+    )(pair, data(0)[0])
+    optimizer.update(pair, grads, **extra_args)
+    after = nnx.as_pure(nnx.state(pair))
+    assert np.any(after["generator"]["kernel"] != before["generator"]["kernel"])
+    assert_trees_close(after["other"]["scale"], before["other"]["scale"], rtol=0)
+    assert np.any(after["other"]["mean"] != before["other"]["mean"])
 
 
 def test_nnx_helper_and_optimizer_must_train_the_same():

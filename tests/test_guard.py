@@ -114,7 +114,7 @@ def test_look_sam_keeps_no_direction_of_a_bad_second_gradient():
     before = state.cadence_state
     assert np.all(before.kept_direction != 0)
     assert_trees_equal(after.cadence_state.kept_direction, before.kept_direction)
-    assert after.cadence_state.cadence_step == before.cadence_step + 1
+    assert after.cadence_state.reusing_step == before.reusing_step + 1
 
 
 ASCENTS = sam_optax.ascents

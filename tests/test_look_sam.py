@@ -40,7 +40,7 @@ def test_each_step_between_has_its_own_alpha_and_the_last_direction(per_tensor):
     for t, (g, ga) in enumerate(zip(gs, gas, strict=True)):
         ascends, state = cadence.decide(g, state)
         assert ascends == (t % 3 == 0)
-        assert state.cadence_step == t + 1
+        assert state.reusing_step == t + 1
         flat_g, flat_ga = whole(g), whole(ga)
         if ascends:
             state = cadence.remember(ga, g, state)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from sam_optax import _tree
 from sam_optax._step import SharpnessAwareState
@@ -23,9 +24,9 @@ def find_sam_state(
     if not is_injected and not isinstance(expected, SharpnessAwareState):
         raise ValueError(
             "The second argument of sam_value_and_grad must be the SAM transformation "
-            "itself, or optax.inject_hyperparams of it, not a chain that contains it: "
-            "the base optimizer would be applied twice. The state of what was passed "
-            f"is a {type(expected).__name__}."
+            "itself, or optax.inject_hyperparams of it, not a chain or another wrapper "
+            "that contains it: the base optimizer would be applied twice. The state of "
+            f"what was passed is a {type(expected).__name__}."
         )
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         opt_state, is_leaf=lambda x: _is_injected(x) or _is_sam_state(x)
@@ -73,11 +74,18 @@ def _check_place(opt_state: Any) -> None:
     for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, wrappers)):
         if isinstance(node, wrappers) and _holds_sam(node):
             wrapper = _WRAPPERS[type(node)]
+            is_conditional = wrapper.startswith("optax.conditionally")
             raise ValueError(
                 f"The SAM transformation is inside of {wrapper}, which computes with "
-                "the gradients before SAM sees them. Put the wrapper around the base "
-                f"optimizer alone, optax.chain(sam, {wrapper}(base, ...)); or call "
-                "tx.update with the plain gradients and grad_fn=."
+                "the gradients before SAM sees them. "
+                + (
+                    "On which steps SAM ascends is said by its cadence, such as "
+                    "sam_optax.late_sam or cadences.after, or by ascend=. "
+                    if is_conditional
+                    else "Put the wrapper around the base optimizer alone, "
+                    f"optax.chain(sam, {wrapper}(base, ...)). "
+                )
+                + "Or call tx.update with the plain gradients and grad_fn=."
             )
     _check_first(opt_state)
 
@@ -85,6 +93,9 @@ def _check_place(opt_state: Any) -> None:
 _WRAPPERS = {
     optax.MultiStepsState: "optax.MultiSteps",
     optax.ApplyIfFiniteState: "optax.apply_if_finite",
+    optax.ConditionallyTransformState: "optax.conditionally_transform",
+    optax.ConditionallyMaskState: "optax.conditionally_mask",
+    optax.contrib.MechanicState: "optax.contrib.mechanize",
 }
 
 

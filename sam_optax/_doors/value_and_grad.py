@@ -416,11 +416,17 @@ def _check_parameter_names(
 
 
 def _named_after(loss_fn: Callable, helper: str) -> Callable[[Callable], Callable]:
-    """Carries over the name and docstring, as far as loss_fn has any."""
+    """Names a function after loss_fn, whose docstring it carries over."""
 
     def rename(function):
-        function.__name__ = f"{helper}_{getattr(loss_fn, '__name__', 'loss')}"
-        function.__doc__ = getattr(loss_fn, "__doc__", None)
+        name = getattr(loss_fn, "__name__", "loss")
+        function.__name__ = f"{helper}_{name}"
+        own = (
+            f"Loss and gradient of {name}, with its arguments and those that "
+            f"sam_optax.{helper} lists."
+        )
+        doc = getattr(loss_fn, "__doc__", None)
+        function.__doc__ = f"{own}\n\n{doc}" if doc else own
         return function
 
     return rename

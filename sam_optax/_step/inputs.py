@@ -310,11 +310,14 @@ def check_call(
     if grad_fn is None:
         raise ValueError(
             "A SAM transformation needs the gradient at the perturbed parameters. "
-            "Either pass grad_fn= (parameters -> gradient, on the same batch) to "
-            "tx.update, as nnx.Optimizer.update forwards it; or compute the gradients "
-            "with sam_optax.sam_value_and_grad and pass these on unchanged. Flax "
-            "Linen's TrainState.apply_gradients forwards no extra arguments to "
-            "tx.update, so there it must be sam_value_and_grad."
+            "Either compute the gradients with sam_optax.sam_value_and_grad, and pass "
+            "these on; or pass grad_fn= (parameters -> gradient, on the same batch) to "
+            "tx.update, or all that sam_optax.value_and_ascent_grad returns for it "
+            "(for Flax NNX, sam_optax.nnx.value_and_ascent_grad). Flax Linen's "
+            "TrainState.apply_gradients forwards no extra arguments, so there it must "
+            "be sam_value_and_grad. If these gradients did come from it, something has "
+            "rebuilt them on their way, such as optax.flatten or a new dict: put it "
+            "after SAM, or return its result by grads.replace(...)."
         )
     if report is not None and not callable(report):
         raise TypeError(

@@ -12,8 +12,8 @@ from sam_optax._checks import check_number, check_static_integer
 from sam_optax._hyperparameters import ScalarOrSchedule, value_at
 from sam_optax._parts import Cadence
 from sam_optax._step import Options, sharpness_aware
+from sam_optax.methods._look_sam import reusing
 from sam_optax.methods._record import record
-from sam_optax.methods._reusing import reusing
 from sam_optax.methods._sam import sam_ascent
 
 

@@ -47,34 +47,54 @@ def every_k(k: int) -> Cadence:
     )
 
 
-class ReuseState(NamedTuple):
-    """State of `every_k_reusing`."""
+class ReusingState(NamedTuple):
+    """State of `reusing`."""
 
-    cadence_step: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
+    timing_state: Any  # that of the cadence which decides
+    reusing_step: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
     kept_direction: Any  # like the parameters, at least float32; v/‖v‖, or zero
 
 
-def every_k_reusing(
-    k: int, alpha: ScalarOrSchedule = 0.7, *, per_tensor: bool = False
+def reusing(
+    cadence: Cadence, alpha: ScalarOrSchedule = 0.7, *, per_tensor: bool = False
 ) -> Cadence:
-    """Takes the second gradient on every k-th step, and reuses it in between.
+    r"""Decides as another cadence does, and reuses the second gradient in between.
 
-    The steps in between use a direction v that is kept from it; the method `look_sam`
-    has the equation.
+    A step that takes the second gradient keeps the part of d that is orthogonal to g,
+    as LookSAM does, and the steps without one follow it:
+
+    .. math::
+      v = d - \mathrm{proj}_g\, d \ \text{ is kept}, \qquad
+      d = g + \alpha \frac{\|g\|}{\|v\|} v \ \text{ in between}
+
+    Before the first step that takes the second gradient, d = g.
 
     Args:
-      k: the period, a Python integer >= 1.
+      cadence: decides which steps take the second gradient. What it would itself put in
+        the place of d on the other steps is not used.
       alpha, per_tensor: those of the method `look_sam`. Default 0.7 and False.
 
     Returns:
-      A cadence that carries v/‖v‖, in at least float32. The compiled program makes the
-      decision; see `every_k`.
+      A cadence that carries v/‖v‖, in at least float32, and the state of the other one.
 
     Raises:
-      ValueError: if k is not a positive integer.
+      ValueError: if alpha is not finite.
+      TypeError: if cadence is not a `Cadence`.
+
+    Examples:
+      LookSAM with a random rhythm:
+
+      >>> import sam_optax
+      >>> from sam_optax import ascents, cadences
+      >>> sam = sam_optax.sharpness_aware(
+      ...     ascents.sam(rho=0.1), cadence=cadences.reusing(cadences.at_random(0.2)))
     """
+    if not isinstance(cadence, Cadence):
+        raise TypeError(
+            "cadence must be a sam_optax.cadences.Cadence, such as "
+            f"cadences.at_random(0.2), got {cadence!r}."
+        )
     check_number("alpha", alpha)
-    periodic = every_k(k)
 
     def each(function, *trees):
         return jax.tree.map(function, *trees) if per_tensor else function(*trees)
@@ -85,18 +105,21 @@ def every_k_reusing(
         return _tree.unit_unless_rounding_of(d, _tree.orthogonal_difference(d, g, g))
 
     def init(params):
-        return ReuseState(periodic.init(params).cadence_step, _tree.zeros_like(params))
+        step = jnp.zeros((), jnp.int32)
+        return ReusingState(cadence.init(params), step, _tree.zeros_like(params))
 
     def decide(g, state):
-        decision, (step,) = periodic.decide(g, EveryKState(state.cadence_step))
-        return decision, state._replace(cadence_step=step)
+        decision, timing = cadence.decide(g, state.timing_state)
+        step = optax.safe_increment(state.reusing_step)
+        return decision, ReusingState(timing, step, state.kept_direction)
 
     def remember(d, g, state):
+        timing = cadence.remember(d, g, state.timing_state)
         d, g = _tree.at_least_float32(d), _tree.at_least_float32(g)
-        return state._replace(kept_direction=each(direction_of, d, g))
+        return ReusingState(timing, state.reusing_step, each(direction_of, d, g))
 
     def substitute(g, state):
-        weight = value_at(alpha, state.cadence_step - 1)  # decide has counted this step
+        weight = value_at(alpha, state.reusing_step - 1)  # decide has counted this step
         return each(
             lambda g, v: _tree.add_scaled(g, weight * _tree.norm(g), v),
             _tree.at_least_float32(g),
@@ -104,6 +127,27 @@ def every_k_reusing(
         )
 
     return Cadence(init, decide, remember, substitute)
+
+
+def every_k_reusing(
+    k: int, alpha: ScalarOrSchedule = 0.7, *, per_tensor: bool = False
+) -> Cadence:
+    """Takes the second gradient on every k-th step, and reuses it in between.
+
+    It is `reusing(every_k(k), ...)`, the cadence of the method `look_sam`.
+
+    Args:
+      k: the period, a Python integer >= 1.
+      alpha, per_tensor: those of the method `look_sam`. Default 0.7 and False.
+
+    Returns:
+      A cadence that carries v/‖v‖, in at least float32. The compiled program makes the
+      decision; see `every_k`.
+
+    Raises:
+      ValueError: if k is not a positive integer, or alpha is not finite.
+    """
+    return reusing(every_k(k), alpha, per_tensor=per_tensor)
 
 
 @record(
