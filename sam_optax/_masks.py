@@ -160,6 +160,23 @@ def masked(tree: Any, values: Any) -> Any:
     return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), tree, values)
 
 
+def zero_where_masked(
+    tree: optax.Updates, mask: Mask, params: optax.Params
+) -> optax.Updates:
+    """The tree, with zeros on the leaves that a mask of the parameters leaves out.
+
+    A descent that moves the parameters itself needs it: `sharpness_aware` restricts the
+    ascent alone.
+    """
+    if mask is None:
+        return tree
+    return jax.tree.map(
+        lambda keep, x: x if keep else jnp.zeros_like(x),
+        resolve_mask(mask, params),
+        tree,
+    )
+
+
 def _masked_extra_args(
     extra_args: dict[str, Any], tree: Any, params: Any
 ) -> dict[str, Any]:

@@ -263,8 +263,7 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
         return tuple(part.init(params) for part in ascents)
 
     def climb_fn(updates, state, params=None, **extra_args):
-        # A norm of what has replaced g says nothing of the g that another part reads.
-        finite, shows, states = None, keeps_g or not reads_g, []
+        finite, shows, states = None, True, []
         for part, own in zip(ascents, state, strict=True):
             updates, own, found = part.climb(updates, own, params, **extra_args)
             finite = found if finite is None and shows else finite
@@ -272,7 +271,8 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
                 shows if part.uses_gradient else part is ascents[0]
             )
             states.append(own)
-        return updates, tuple(states), finite
+        # A norm of what has replaced g says nothing of the g that another part reads.
+        return updates, tuple(states), finite if keeps_g or not reads_g else None
 
     def follow_fn(d, state, params):
         pairs = zip(ascents, state, strict=True)

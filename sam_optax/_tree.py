@@ -114,7 +114,7 @@ def dot(x: Tree, y: Tree) -> jax.Array:
 
 
 def squared_norm(tree: Tree) -> jax.Array:
-    """The plain sum of squares; that of a `Sphere` cannot leave the range."""
+    """The plain sum of squares; that of a `ScaledNorm` cannot leave the range."""
     return sum_leaves(_square, at_least_float32(tree))
 
 
@@ -159,17 +159,22 @@ def reciprocal_or_zero(largest: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), inverse, jnp.nan).astype(largest.dtype)
 
 
-class Sphere(NamedTuple):
+class ScaledNorm(NamedTuple):
     """A tree's 2-norm, split so that no part of it leaves the range of the dtype.
 
-    ‖tree‖ = sqrt(square) / shrink, and the direction is (tree · shrink) / sqrt(square).
+    ‖tree‖ = sqrt(square) / factor, and the direction is (tree · factor) / sqrt(square).
     """
 
-    shrink: jax.Array  # shape=(), a power of two, or NaN for a tree that is not finite
-    square: jax.Array  # shape=(), the squared norm of tree · shrink
+    factor: jax.Array  # shape=(), a power of two, or NaN for a tree that is not finite
+    square: jax.Array  # shape=(), the squared norm of tree · factor
+
+    @property
+    def is_finite(self) -> jax.Array:
+        """Whether every number of the tree is finite."""
+        return jnp.isfinite(self.square)
 
 
-def measure(tree: Tree) -> Sphere:
+def scaled_norm(tree: Tree) -> ScaledNorm:
     """Measures a tree once: norm, direction and finiteness all follow from it.
 
     If the plain sum of squares is inside of [1/reach, reach], it has lost no digits,
@@ -188,8 +193,8 @@ def measure(tree: Tree) -> Sphere:
     # If all leaves are constant zeros, such as a momentum that the same program starts,
     # the barrier in `_rescued` is of no use. No tree whose plain sum is 0 holds a NaN.
     square = jnp.where((plain == 0) & jnp.isnan(square), 0, square)
-    shrink = jnp.where(is_safe | (square == 0), 1, rescue)
-    return Sphere(jnp.where(jnp.isfinite(square), shrink, jnp.nan), square)
+    factor = jnp.where(is_safe | (square == 0), 1, rescue)
+    return ScaledNorm(jnp.where(jnp.isfinite(square), factor, jnp.nan), square)
 
 
 def _plain(plain: jax.Array, rescue: jax.Array, leaves: list[Any]) -> jax.Array:
@@ -220,12 +225,12 @@ def _of_one_width(leaves: list[Any]) -> list[Any]:
 
 def norm(tree: Tree) -> jax.Array:
     """Global 2-norm over all leaves, exact wherever it is representable."""
-    return length(measure(tree))
+    return length(scaled_norm(tree))
 
 
-def length(sphere: Sphere) -> jax.Array:
-    """`norm` of a tree that has been measured."""
-    return _root(sphere.square) / sphere.shrink
+def length(norm: ScaledNorm) -> jax.Array:
+    """`norm` of a tree of which the norm is known."""
+    return _root(norm.square) / norm.factor
 
 
 def _root(square: jax.Array) -> jax.Array:
@@ -236,25 +241,25 @@ def _root(square: jax.Array) -> jax.Array:
 
 def unit(tree: Tree) -> Tree:
     """The direction of a tree: global 2-norm one, or zero where the tree is zero."""
-    return to_unit(tree, measure(tree))
+    return to_unit(tree, scaled_norm(tree))
 
 
-def to_unit(tree: Tree, sphere: Sphere) -> Tree:
-    """`unit` of a tree that has been measured."""
-    shrink, square = sphere
+def to_unit(tree: Tree, norm: ScaledNorm) -> Tree:
+    """`unit` of a tree of which the norm is known."""
+    factor, square = norm
     is_zero = square == 0
     inverse = jnp.where(is_zero, 0, 1 / jnp.sqrt(jnp.where(is_zero, 1, square)))
-    # Two factors: their product can leave the range of the dtype, x · shrink cannot.
-    return scale(inverse, scale(shrink, at_least_float32(tree)))
+    # Two factors: their product can leave the range of the dtype, x · factor cannot.
+    return scale(inverse, scale(factor, at_least_float32(tree)))
 
 
 def projection(x: Tree, direction: Tree) -> Tree:
     """The part of x that lies along a direction; zero if the direction is zero."""
-    shrink, square = measure(direction)
-    shrink, x, direction = _afresh((shrink, *map(at_least_float32, (x, direction))))
+    factor, square = scaled_norm(direction)
+    factor, x, direction = _afresh((factor, *map(at_least_float32, (x, direction))))
     # Both are shrunk, so that the factor is right without undoing it, and no product
     # leaves the range of the dtype where x is about as large as the direction.
-    overlap = dot(scale(shrink, x), scale(shrink, direction))
+    overlap = dot(scale(factor, x), scale(factor, direction))
     factor = overlap / jnp.where(square == 0, 1, square)
     return scale(factor, _afresh(direction))
 
@@ -295,9 +300,9 @@ def zero_if_rounding_of(whole: Tree, part: Tree) -> Tree:
 
 def unit_unless_rounding_of(whole: Tree, part: Tree) -> Tree:
     """`unit` of `zero_if_rounding_of`, but measures the part only once."""
-    sphere = measure(part)
-    is_rounding = _is_rounding_of(whole, length(sphere))
-    return scale(jnp.where(is_rounding, 0, 1), to_unit(part, sphere))
+    norm_of_part = scaled_norm(part)
+    is_rounding = _is_rounding_of(whole, length(norm_of_part))
+    return scale(jnp.where(is_rounding, 0, 1), to_unit(part, norm_of_part))
 
 
 def _is_rounding_of(whole: Tree, size_of_part: jax.Array) -> jax.Array:
@@ -307,17 +312,12 @@ def _is_rounding_of(whole: Tree, size_of_part: jax.Array) -> jax.Array:
 
 def cosine(x: Tree, y: Tree) -> jax.Array:
     """Cosine of the angle between two trees; 0 if either is zero."""
-    (shrink_x, square_x), (shrink_y, square_y) = measure(x), measure(y)
+    (factor_x, square_x), (factor_y, square_y) = scaled_norm(x), scaled_norm(y)
     x, y = at_least_float32(x), at_least_float32(y)
-    shrink_x, x, shrink_y, y = _afresh((shrink_x, x, shrink_y, y))
+    factor_x, x, factor_y, y = _afresh((factor_x, x, factor_y, y))
     lengths = _root(square_x) * _root(square_y)
-    overlap = dot(scale(shrink_x, x), scale(shrink_y, y))
+    overlap = dot(scale(factor_x, x), scale(factor_y, y))
     return overlap / jnp.where(lengths == 0, 1, lengths)
-
-
-def size(tree: Tree) -> int:
-    """Number of entries of all leaves."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def normal_like(key: jax.Array, tree: Tree) -> Tree:
@@ -347,10 +347,10 @@ def _draw_like(draw: Callable[..., jax.Array], key: jax.Array, tree: Tree) -> Tr
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every floating-point entry is finite.
 
-    It uses `measure`, because a method has often measured the same tree already, and
-    the compiler then computes the two only once.
+    It uses `scaled_norm`, because a method often takes that of the same tree, and the
+    compiler then computes the two only once.
     """
-    return jnp.isfinite(measure([x for x in jax.tree.leaves(tree) if is_inexact(x)])[1])
+    return scaled_norm([x for x in jax.tree.leaves(tree) if is_inexact(x)]).is_finite
 
 
 def widest(*dtypes: Any) -> Any:

@@ -148,7 +148,7 @@ def test_tsam(case, door, monkeypatch):
     samples = values.pop("num_samples")
     with jax.enable_x64(True):
         # Their noise has a standard deviation for each entry, ours for all together.
-        size = _tree.size(start_of(data))
+        size = optax.tree.size(start_of(data))
         values["sigma"] = values.pop("scaling") * size**0.5
         sam = sam_optax.tsam(**values, samples=samples)
         keys = interleaved(

@@ -220,7 +220,7 @@ def test_a_tree_that_is_known_to_be_zero_has_no_direction_and_is_finite():
     @jax.jit
     def unit_and_square(x):
         zeros = {"a": jnp.zeros_like(x), "b": jnp.zeros(2)}
-        return _tree.unit(zeros), _tree.measure(zeros).square, x
+        return _tree.unit(zeros), _tree.scaled_norm(zeros).square, x
 
     zeros, square, _ = unit_and_square(jnp.ones((2, 3)))
     assert square == 0

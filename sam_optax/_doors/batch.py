@@ -76,17 +76,17 @@ class Batch:
     @property
     def size(self) -> int:
         """The number of examples: the length of their first axis."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.examples)
-        for _, leaf in leaves:
+        leaves = jax.tree.leaves(self.examples)
+        for leaf in leaves:
             if not hasattr(leaf, "shape") or not leaf.shape:
                 raise ValueError(
                     "Each array of a batch needs a first axis that numbers the "
                     f"examples, got {leaf!r}. batch_argnums= says which arguments are "
                     "batches, numbered as in jax.value_and_grad."
                 )
-        sizes = {leaf.shape[0] for _, leaf in leaves}
+        sizes = {leaf.shape[0] for leaf in leaves}
         if len(sizes) != 1:
-            listed = ", ".join(str(leaf.shape) for _, leaf in leaves)
+            listed = ", ".join(str(leaf.shape) for leaf in leaves)
             raise ValueError(
                 "The arrays of a batch need first axes of one length, that of the "
                 f"examples, got shapes {listed or 'of no array at all'}."

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from sam_optax import _sharding as sharding
-from sam_optax import _tree
 from sam_optax._doors.groups import PathOfGroup, PerGroup
 from sam_optax._step.inputs import Choice, Pass
 
@@ -87,14 +86,9 @@ class Axis(NamedTuple):
         return self._mean(tree, self.shared, None) if self.shared else tree
 
     def _mean(self, tree, names, index_groups):
-        def mean_leaf(x):
-            if not _tree.is_inexact(x):
-                return x
-            return jax.lax.pmean(x, names, axis_index_groups=index_groups)
-
         # JAX refuses a mean over several axes if the value varies over some of them
         # only.
-        return jax.tree.map(mean_leaf, self.vary(tree))
+        return jax.lax.pmean(self.vary(tree), names, axis_index_groups=index_groups)
 
     def group(self) -> jax.Array:
         """The number of this device's group."""

@@ -153,16 +153,14 @@ class _Unroll(_Vmap):
         total, each = _tree.at_least_float32(like), [first]
         for group in zip(*[value[1:] for value in values], strict=True):
             averaged, kept = function(*group)
-            total = jax.tree.map(_add, total, _tree.at_least_float32(averaged))
+            total = jax.tree.map(jnp.add, total, _tree.at_least_float32(averaged))
             each.append(kept)
         return self._mean(total, like), each
 
     def _mean(self, total, like):
-        def mean(x, like):
-            is_float = _tree.is_inexact(like)
-            return jnp.asarray(x / self.count if is_float else x, _dtype(like))
-
-        return jax.tree.map(mean, total, like)
+        return jax.tree.map(
+            lambda x, like: (x / self.count).astype(jnp.result_type(like)), total, like
+        )
 
     def stacked(self, each):
         own = [kept[:-1] for kept in each]
@@ -188,7 +186,7 @@ class _Scan(_Unroll):
 
         def body(total, group):
             averaged, kept = function(*group)
-            return jax.tree.map(_add, total, _tree.at_least_float32(averaged)), kept
+            return jax.tree.map(jnp.add, total, _tree.at_least_float32(averaged)), kept
 
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), like
@@ -199,14 +197,6 @@ class _Scan(_Unroll):
 
     def stacked(self, each):
         return each[:-1]
-
-
-def _add(total, x):
-    return total + x if _tree.is_inexact(x) else x
-
-
-def _dtype(x):
-    return getattr(x, "dtype", None) or jnp.result_type(x)
 
 
 MAPS = {"vmap": _Vmap, "unroll": _Unroll, "scan": _Scan}

@@ -41,9 +41,9 @@ def normalize_by_leaf_norm() -> Ascent:
     def climb(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, structure = jax.tree.flatten(updates)
-        spheres = [_tree.measure(leaf) for leaf in leaves]
-        units = [_tree.to_unit(*pair) for pair in zip(leaves, spheres, strict=True)]
-        finite = [jnp.isfinite(sphere.square) for sphere in spheres]
+        norms = [_tree.scaled_norm(leaf) for leaf in leaves]
+        units = [_tree.to_unit(*pair) for pair in zip(leaves, norms, strict=True)]
+        finite = [norm.is_finite for norm in norms]
         all_finite = functools.reduce(jnp.logical_and, finite, jnp.asarray(True))
         return structure.unflatten(units), state, all_finite
 

@@ -8,7 +8,7 @@ import optax
 from sam_optax import _tree
 from sam_optax._checks import check_number
 from sam_optax._hyperparameters import ScalarOrSchedule, scheduled
-from sam_optax._parts import Descent
+from sam_optax._parts import Ascent, Descent
 
 
 def stateless_descent(
@@ -71,3 +71,12 @@ def blend(
         return stateless_descent(descend)
 
     return Descent.of(scheduled(part, weight=weight), compares=True)
+
+
+def stay() -> optax.GradientTransformationExtraArgs:
+    """The ascent ε = 0, for descents that choose all their points themselves.
+
+    gᵃ is then the gradient at the parameters, and the only one that the step takes.
+    """
+    nothing = optax.stateless(lambda updates, params: _tree.zeros_like(updates))
+    return Ascent.of(nothing, uses_gradient=False)

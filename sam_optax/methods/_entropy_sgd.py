@@ -20,7 +20,8 @@ from sam_optax._parts import Descent
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
-from sam_optax.methods._noise import NoiseState, stay
+from sam_optax.methods._descent import stay
+from sam_optax.methods._noise import NoiseState
 from sam_optax.methods._record import record_further
 
 

@@ -23,11 +23,11 @@ def le_sam_ascent(rho: ScalarOrSchedule = 0.5, sigma: ScalarOrSchedule = 0.1) ->
 
         def climb(updates, state, params=None, **extra_args):
             del params, extra_args
-            sphere = _tree.measure(updates)
-            slope = _tree.length(sphere)
+            norm = _tree.scaled_norm(updates)
+            slope = _tree.length(norm)
             radius = jnp.minimum(rho, sigma / jnp.where(slope == 0, 1, slope))
-            perturbation = _tree.scale(radius, _tree.to_unit(updates, sphere))
-            return perturbation, state, jnp.isfinite(sphere.square)
+            perturbation = _tree.scale(radius, _tree.to_unit(updates, norm))
+            return perturbation, state, norm.is_finite
 
         return Ascent.from_climb(optax.init_empty_state, climb)
 

@@ -4,12 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
-from sam_optax._masks import Mask, resolve_mask
-from sam_optax._parts import Ascent
 from sam_optax._random import Key, key_stream
 
 
@@ -40,29 +37,3 @@ def noisy(
     return optax.GradientTransformationExtraArgs(
         lambda params: NoiseState(keys.start()), update_fn
     )
-
-
-def zero_where_masked(
-    tree: optax.Updates, mask: Mask, params: optax.Params
-) -> optax.Updates:
-    """The tree, with zeros on the leaves that a mask of the parameters leaves out.
-
-    A descent that moves the parameters itself needs it: `sharpness_aware` restricts the
-    ascent alone.
-    """
-    if mask is None:
-        return tree
-    return jax.tree.map(
-        lambda keep, x: x if keep else jnp.zeros_like(x),
-        resolve_mask(mask, params),
-        tree,
-    )
-
-
-def stay() -> optax.GradientTransformationExtraArgs:
-    """The ascent ε = 0, for descents that choose all their points themselves.
-
-    gᵃ is then the gradient at the parameters, and the only one that the step takes.
-    """
-    nothing = optax.stateless(lambda updates, params: _tree.zeros_like(updates))
-    return Ascent.of(nothing, uses_gradient=False)

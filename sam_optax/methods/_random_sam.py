@@ -43,7 +43,7 @@ def replace_by_noise(key: Key = 0) -> optax.GradientTransformationExtraArgs:
     """
 
     def draw(key, updates):
-        scale = 1 / math.sqrt(max(_tree.size(updates), 1))
+        scale = 1 / math.sqrt(max(optax.tree.size(updates), 1))
         return _tree.scale(scale, _tree.normal_like(key, updates))
 
     noise = noisy(key, draw, name="replace_by_noise")
@@ -117,7 +117,7 @@ def ascend_from_noise(
             require_params(params, "ascend_from_noise")
             require_grad_fn(grad_fn, "ascend_from_noise")
             now, later = keys.next(state.noise_key, group)
-            share = sigma / math.sqrt(max(_tree.size(updates), 1))
+            share = sigma / math.sqrt(max(optax.tree.size(updates), 1))
             noise = _cut(_tree.scale(share, _tree.normal_like(now, updates)), radius)
             g = _tree.at_least_float32(grad_fn(perturb(params, noise)))
             extra |= {"grad_fn": grad_fn, "perturb": perturb, "group": group}

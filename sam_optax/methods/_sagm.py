@@ -2,7 +2,6 @@
 
 from typing import Unpack
 
-import jax.numpy as jnp
 import optax
 
 from sam_optax import _tree
@@ -31,10 +30,10 @@ def sagm_ascent(
 
         def climb(updates, state, params=None, **extra_args):
             del params, extra_args
-            sphere = _tree.measure(updates)
-            raised = _tree.scale(rho, _tree.to_unit(updates, sphere))
+            norm = _tree.scaled_norm(updates)
+            raised = _tree.scale(rho, _tree.to_unit(updates, norm))
             perturbation = _tree.add_scaled(raised, -alpha, updates)
-            return perturbation, state, jnp.isfinite(sphere.square)
+            return perturbation, state, norm.is_finite
 
         return Ascent.from_climb(optax.init_empty_state, climb)
 

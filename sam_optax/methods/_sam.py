@@ -99,8 +99,8 @@ def normalize_by_global_norm(p: float = 2) -> optax.GradientTransformation:
 
 def _to_unit(updates, state, params=None, **extra_args):
     del params, extra_args
-    sphere = _tree.measure(updates)
-    return _tree.to_unit(updates, sphere), state, jnp.isfinite(sphere.square)
+    norm = _tree.scaled_norm(updates)
+    return _tree.to_unit(updates, norm), state, norm.is_finite
 
 
 def _dual_unit(tree: optax.Updates, p: float) -> optax.Updates:

@@ -141,7 +141,7 @@ def drop_and_grow(
     check_number("drop", drop, at_least=0, at_most=1)
 
     def renew(key, step, mask, scores, count):
-        others = max(_tree.size(mask) - count, 0)  # a tree can be empty
+        others = max(optax.tree.size(mask) - count, 0)  # a tree can be empty
         exchanged = _number_exchanged(value_at(drop, step), count, others)
         stays = _keep_largest(scores, Count.of(count).minus(exchanged), among=mask)
         outside = jax.tree.map(jnp.logical_not, mask)
@@ -243,7 +243,7 @@ def _masked_by(
 
     def init_fn(params):
         scores = _tree.uniform_like(keys.next(keys.start())[0], params)
-        mask = _keep_largest(scores, Count.of(kept(_tree.size(params))))
+        mask = _keep_largest(scores, Count.of(kept(optax.tree.size(params))))
         # An array's layout on a mesh can be part of its type. This operation changes
         # no entry, but gives the mask the layout of the parameters.
         mask = jax.tree.map(
@@ -261,7 +261,7 @@ def _masked_by(
         scores = scores_of(_tree.magnitude(g), fisher)
 
         def renewed():
-            mask = renew(now, step, before, scores(), kept(_tree.size(g)))
+            mask = renew(now, step, before, scores(), kept(optax.tree.size(g)))
             return sharding.vary_like(mask, g)
 
         def unchanged():

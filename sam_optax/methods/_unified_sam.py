@@ -43,11 +43,11 @@ def normalize_partly(lam: ScalarOrSchedule = 0.5) -> optax.GradientTransformatio
     def part(lam):
         def climb(updates, state, params=None, **extra_args):
             del params, extra_args
-            sphere = _tree.measure(updates)
-            unit = _tree.to_unit(updates, sphere)
+            norm = _tree.scaled_norm(updates)
+            unit = _tree.to_unit(updates, norm)
             plain = _tree.scale(1 - lam, _tree.at_least_float32(updates))
             mixed = _tree.add_scaled(plain, lam, unit)
-            return mixed, state, jnp.isfinite(sphere.square)
+            return mixed, state, norm.is_finite
 
         return Ascent.from_climb(optax.init_empty_state, climb)
 
@@ -149,11 +149,11 @@ def shorten_by_slope() -> Ascent:
 
     def climb(updates, state, params=None, **extra_args):
         del params, extra_args
-        sphere = _tree.measure(updates)
-        slope = _tree.length(sphere)
-        unit = _tree.to_unit(updates, sphere)
+        norm = _tree.scaled_norm(updates)
+        slope = _tree.length(norm)
+        unit = _tree.to_unit(updates, norm)
         shortened = _tree.scale(1 / jnp.hypot(jnp.ones_like(slope), slope), unit)
-        return shortened, state, jnp.isfinite(sphere.square)
+        return shortened, state, norm.is_finite
 
     return Ascent.from_climb(optax.init_empty_state, climb)
 

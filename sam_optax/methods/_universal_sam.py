@@ -17,12 +17,13 @@ from sam_optax._checks import (
     require_params,
 )
 from sam_optax._hyperparameters import ScalarOrSchedule, nan_if_negative, scheduled
-from sam_optax._masks import Mask, check_mask
+from sam_optax._masks import Mask, check_mask, zero_where_masked
 from sam_optax._parts import Descent
 from sam_optax._random import Key, key_stream
 from sam_optax._rounding import round_to_nearest
 from sam_optax._step import sharpness_aware
-from sam_optax.methods._noise import NoiseState, stay, zero_where_masked
+from sam_optax.methods._descent import stay
+from sam_optax.methods._noise import NoiseState
 from sam_optax.methods._record import record
 
 KINDS = ("trace", "determinant", "frobenius")

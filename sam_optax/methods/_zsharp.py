@@ -80,21 +80,21 @@ def _normalize_as_released(
     def part(quantile):
         def climb(updates, state, params=None, **extra_args):
             del params, extra_args
-            sphere = _tree.measure(updates)
+            norm = _tree.scaled_norm(updates)
 
             def direction(g, whole):
                 if g.ndim < 2:
                     return whole
                 kept = _keep_largest_scores(g, quantile)
-                own = _tree.measure(kept)
+                own = _tree.scaled_norm(kept)
                 return jnp.where(own.square == 0, whole, _tree.to_unit(kept, own))
 
             directions = jax.tree.map(
                 direction,
                 _tree.at_least_float32(updates),
-                _tree.to_unit(updates, sphere),
+                _tree.to_unit(updates, norm),
             )
-            return directions, state, jnp.isfinite(sphere.square)
+            return directions, state, norm.is_finite
 
         return Ascent.from_climb(optax.init_empty_state, climb)
 

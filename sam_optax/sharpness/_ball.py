@@ -12,7 +12,7 @@ from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._checks import check_constant, check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data, mean_over_groups, measure
+from sam_optax.sharpness._batches import check_data, mean_over_groups, run_over
 from sam_optax.sharpness._checks import check_params
 from sam_optax.sharpness._estimate import (
     Estimate,
@@ -157,7 +157,7 @@ def surrogate_gap(
     Cost: one gradient and a forward pass over the data.
     """
     params, data = _check(params, data, rho, norm, m, batch_size)
-    return measure(
+    return run_over(
         data,
         _surrogate_gap,
         Function(loss_fn),
@@ -261,7 +261,7 @@ def worst_case(
     check_positive_integer("restarts", restarts)
     _check_at_least_zero("step_size", step_size)
     params, data = _check(params, data, rho, norm, m, batch_size)
-    return measure(
+    return run_over(
         data,
         _worst_case,
         Function(loss_fn),
@@ -340,7 +340,7 @@ def average_case(
     """
     check_at_least_two("samples", samples)
     params, data = _check(params, data, rho, "l2", None, batch_size)
-    return measure(
+    return run_over(
         data,
         _average_case,
         Function(loss_fn),

@@ -107,7 +107,7 @@ def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
     """Reads a batch on the host. After an error, it returns NaN and zeros.
 
     An error raised here would leave the other devices waiting for this one. So the
-    source keeps it, and `measure` raises it when the program has ended.
+    source keeps it, and `run_over` raises it when the program has ended.
     """
     source = _sources.get(int(number))
     try:
@@ -133,7 +133,7 @@ def _read(expected: Any, outline: Any, number: Any, index: Any) -> Any:
         return np.float32(np.nan), zeros
 
 
-def measure(data: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_over(data: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), or the error of reading the data that it visits."""
     if not isinstance(data, Stream):
         return function(*args, **kwargs)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from sam_optax import _tree
@@ -26,7 +27,7 @@ def check_params(params: Any, name: str = "params") -> Any:
                 "floating-point parameters can be measured. Separate the others, for "
                 "example with eqx.partition or nnx.split, and bind them to the loss."
             )
-    if not _tree.size(params):
+    if not optax.tree.size(params):
         raise ValueError(f"{name} holds no numbers.")
     finite = _all_finite(params)
     if not isinstance(finite, Tracer) and not finite:

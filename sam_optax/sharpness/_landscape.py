@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from sam_optax import _tree
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import check_data, measure
+from sam_optax.sharpness._batches import check_data, run_over
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import Function, mean_loss, mean_loss_and_gradient
 from sam_optax.sharpness._printing import describe
@@ -99,7 +99,7 @@ def along_line(
     params, data = check_params(params), check_data(data, batch_size)
     direction = _check_direction("direction", direction, params)
     points = distances[:, None]
-    losses = measure(
+    losses = run_over(
         data, _losses, Function(loss_fn), params, data, (direction,), points, batch_size
     )
     return Line(distances, losses)
@@ -168,7 +168,7 @@ def over_plane(
     widest = _tree.widest(xs.dtype, ys.dtype)
     grid = jnp.meshgrid(xs.astype(widest), ys.astype(widest))
     points = jnp.stack(grid, axis=-1).reshape(-1, 2)
-    losses = measure(
+    losses = run_over(
         data, _losses, Function(loss_fn), params, data, directions, points, batch_size
     )
     return Surface(xs, ys, losses.reshape(len(ys), len(xs)))
@@ -350,7 +350,7 @@ def gradient_direction(
     Cost: one gradient over the data.
     """
     params, data = check_params(params), check_data(data, batch_size)
-    return measure(
+    return run_over(
         data, _gradient_direction, Function(loss_fn), params, data, batch_size
     )
 

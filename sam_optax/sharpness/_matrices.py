@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sam_optax import _sharding as sharding
 from sam_optax import _tree
@@ -14,7 +15,7 @@ from sam_optax.sharpness._batches import (
     Stream,
     check_data,
     mean_over_batches,
-    measure,
+    run_over,
 )
 from sam_optax.sharpness._checks import check_params, check_same_outline
 from sam_optax.sharpness._loss import (
@@ -62,14 +63,14 @@ class Matrix:
     @property
     def dimension(self) -> int:
         """The number of rows: how many numbers the parameters hold."""
-        return _tree.size(self.params)
+        return optax.tree.size(self.params)
 
     def __call__(self, vector: Any) -> Any:
         check_same_outline("The vector", vector, self.params)
         if any(map(jnp.iscomplexobj, jax.tree.leaves(vector))):
             raise TypeError("The vector must be real, and it holds complex numbers.")
         vector = sharding.like(_tree.cast_like(vector, self.params), self.params)
-        return measure(self.data, _multiply, self, vector)
+        return run_over(self.data, _multiply, self, vector)
 
 
 @jax.jit
@@ -335,7 +336,7 @@ def gradient_norm(
     """
     data = check_data(data, batch_size)
     params = check_params(params)
-    return measure(data, _gradient_norm, Function(loss_fn), params, data, batch_size)
+    return run_over(data, _gradient_norm, Function(loss_fn), params, data, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -386,7 +387,7 @@ def fisher_trace(
     """
     data = check_data(data, batch_size)
     params = check_params(params)
-    return measure(data, _fisher_trace, Function(loss_fn), params, data, batch_size)
+    return run_over(data, _fisher_trace, Function(loss_fn), params, data, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")

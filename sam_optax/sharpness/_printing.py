@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.core import Tracer
-
-from sam_optax import _tree
 
 WIDTH = 80
 _SHOWN = 6  # the most numbers of an array that are shown one by one
@@ -34,7 +33,7 @@ def summary(value: Any) -> str:
     if len(leaves) == 1 and value is leaves[0]:
         return _summary_of_array(value)
     arrays = "1 array" if len(leaves) == 1 else f"{len(leaves)} arrays"
-    return f"<{arrays}, {_tree.size(value)} numbers>"
+    return f"<{arrays}, {optax.tree.size(value)} numbers>"
 
 
 def _summary_of_array(array: Any) -> str:

@@ -13,7 +13,7 @@ from sam_optax import _sharding as sharding
 from sam_optax import _tree
 from sam_optax._checks import check_positive_integer
 from sam_optax._random import Key, typed_key
-from sam_optax.sharpness._batches import measure
+from sam_optax.sharpness._batches import run_over
 from sam_optax.sharpness._estimate import (
     Estimate,
     check_at_least_two,
@@ -155,7 +155,7 @@ def eigenpairs(
     if count < k:
         raise ValueError(f"num_matvecs must be at least k = {k}, got {count}.")
     key, options = typed_key(key), {"k": k, "which": which, "num_matvecs": count}
-    return measure(matrix.data, _eigenpairs, matrix, key, **options)
+    return run_over(matrix.data, _eigenpairs, matrix, key, **options)
 
 
 def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
@@ -196,7 +196,7 @@ def trace(matrix: Matrix, *, num_samples: int = 100, key: Key = 0) -> Estimate:
     _matfree()
     check_at_least_two("num_samples", num_samples)
     key = typed_key(key)
-    return measure(matrix.data, _trace, matrix, key, num_samples=num_samples)
+    return run_over(matrix.data, _trace, matrix, key, num_samples=num_samples)
 
 
 def spectral_density(
@@ -252,7 +252,7 @@ def spectral_density(
     _check_matvecs(count, size)
     check_positive_integer("num_samples", num_samples)
     key, options = typed_key(key), {"num_matvecs": count, "num_samples": num_samples}
-    return measure(matrix.data, _spectral_density, matrix, key, **options)
+    return run_over(matrix.data, _spectral_density, matrix, key, **options)
 
 
 def _matfree() -> Any:
