@@ -297,14 +297,14 @@ class Descent(optax.GradientTransformationExtraArgs):
       for_ascent: state -> extra arguments of the next ascent, for a descent that finds
         what the ascent needs; or None.
       uses_loss: whether it needs L(w + ε), the extra argument `perturbed_loss`. A step
-        without losses is then refused.
+        without losses is then refused. None: it is given the loss if there is one.
       averages_state: whether, under groups, the floats of its state are the means of
         what they are in the groups, and not what follows from the mean gradients.
     """
 
     compares: bool = False
     for_ascent: Callable[[Any], dict[str, Any]] | None = None
-    uses_loss: bool = False
+    uses_loss: bool | None = False
     averages_state: bool = False
 
     @classmethod
@@ -314,13 +314,22 @@ class Descent(optax.GradientTransformationExtraArgs):
         *,
         compares: bool = False,
         for_ascent: Callable[[Any], dict[str, Any]] | None = None,
-        uses_loss: bool = False,
+        uses_loss: bool | None = False,
         averages_state: bool = False,
     ) -> "Descent":
         own = cls(*optax.with_extra_args_support(descent))
         own.compares, own.for_ascent = compares, for_ascent
         own.uses_loss, own.averages_state = uses_loss, averages_state
         return own
+
+
+def as_descent(descent: optax.GradientTransformation | None) -> Descent:
+    """Any descent as a `Descent`; a plain one may use all that there is."""
+    if descent is None:
+        return Descent.of(optax.identity())
+    if isinstance(descent, Descent) and vars(descent):
+        return descent
+    return Descent.of(descent, compares=True, uses_loss=None)
 
 
 def ignoring_gradient(descent: optax.GradientTransformation) -> Descent:
@@ -352,15 +361,8 @@ def ignoring_gradient(descent: optax.GradientTransformation) -> Descent:
     Cost: one gradient less on each step, with an ascent that makes no use of g.
     """
     check_transformation("descent", descent)
-    known: Any = vars(descent) if isinstance(descent, Descent) else {}
-    return Descent.of(descent, **known | {"compares": False})
-
-
-def compares(descent: optax.GradientTransformation | None) -> bool:
-    """Whether a descent may compare gᵃ with g; of one that says nothing, it may."""
-    if isinstance(descent, Descent):
-        return descent.compares
-    return descent is not None
+    known: Any = vars(as_descent(descent)) | {"compares": False}
+    return Descent.of(descent, **known)
 
 
 class Cadence(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import sam_optax
 from quadratic import H, W, assert_same, descend
 from sam_optax import ascents, cadences, descents
+from sam_optax._parts import as_ascent, as_descent
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -156,14 +157,24 @@ def test_a_descent_of_ones_own_is_given_the_loss_or_none():
         seen.append(perturbed_loss)
         return ga, state
 
-    own = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-    sam, w = sam_optax.sharpness_aware(ascents.sam(0.5), descent=own), jnp.array(1.0)
-    helper = sam_optax.sam_value_and_grad(lambda w: w**2, sam)
-    helper(w, opt_state=sam.init(w))
-    helper(w, opt_state=sam.init(w), ascend=False)
-    assert list(map(float, seen)) == [2.25, 1.0]
-    sam.update(w, sam.init(w), w, grad_fn=lambda w: w)
-    assert seen[2:] == [None]
+    plain = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    for own in (plain, descents.ignoring_gradient(plain)):
+        seen.clear()
+        sam = sam_optax.sharpness_aware(ascents.sam(0.5), descent=own)
+        w, helper = jnp.array(1.0), sam_optax.sam_value_and_grad(lambda w: w**2, sam)
+        helper(w, opt_state=sam.init(w))
+        helper(w, opt_state=sam.init(w), ascend=False)
+        assert list(map(float, seen)) == [2.25, 1.0]
+        sam.update(w, sam.init(w), w, grad_fn=lambda w: w)
+        assert seen[2:] == [None]
+
+
+def test_what_is_known_of_a_part_is_not_known_of_one_that_is_rebuilt_as_a_tuple():
+    """`jax.tree.map` does that; then anything is possible of the part."""
+    gsam, msam = jax.tree.map(lambda x: x, (descents.gsam(), ascents.msam()))
+    assert as_descent(descents.gsam()).uses_loss is False
+    assert (as_descent(gsam).compares, as_descent(gsam).uses_loss) == (True, None)
+    assert (as_ascent(msam).uses_gradient, as_ascent(msam).may_descend) == (True, True)
 
 
 def test_a_descent_that_ignores_g_costs_no_gradient_and_goes_with_any_examples():

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from sam_optax import _tree
-from sam_optax._checks import warn
+from sam_optax._checks import check_transformation, warn
 from sam_optax._masks import masks_leaves
-from sam_optax._parts import Cadence, Descent, as_ascent, compares
+from sam_optax._parts import Cadence, Descent, as_ascent
 from sam_optax._step.sameness import may_be_same
 
 
@@ -136,11 +136,11 @@ NO_EFFECT = (
 )
 
 
-def check_comparable(passes: Choice, descent: Any, cadence: Cadence) -> None:
+def check_comparable(passes: Choice, descent: Descent, cadence: Cadence) -> None:
     """Refuses to compare gradients of different examples."""
-    if passes.comparable or (not compares(descent) and cadence.forgets):
+    if passes.comparable or (not descent.compares and cadence.forgets):
         return
-    is_plain = descent is not None and not isinstance(descent, Descent)
+    is_plain = descent.uses_loss is None
     remedy = (
         " If your own descent makes no use of ascent_gradient=, say so by "
         "descents.ignoring_gradient(...)."
@@ -182,13 +182,10 @@ def note_auxiliary(value: Any, others: list[Any]) -> None:
 
 
 def check_axes(ascent: Any, descent: Any, cadence: Any) -> None:
-    for name, part in (("ascent", ascent), ("descent", descent)):
-        is_missing = part is None and name == "descent"
-        if not is_missing and not isinstance(part, optax.GradientTransformation):
-            raise TypeError(
-                f"{name} must be an optax.GradientTransformation, got {part!r}."
-            )
-        elif not is_missing and _is_method(part):
+    given = {"ascent": ascent} | ({} if descent is None else {"descent": descent})
+    for name, part in given.items():
+        check_transformation(name, part)
+        if _is_method(part):
             raise TypeError(
                 f"{name} is a whole SAM transformation, such as sam_optax.sam(), and "
                 f"must be one of its parts, such as sam_optax.{name}s."

@@ -21,7 +21,7 @@ class Path:
 
     Attributes:
       ascent: g ↦ ε.
-      descent: gᵃ ↦ d, or None for d = gᵃ.
+      descent: gᵃ ↦ d.
       rounding: of w + ε.
       state: the `SharpnessAwareState` from before the step.
       params: w.
@@ -31,7 +31,7 @@ class Path:
     """
 
     ascent: Ascent
-    descent: optax.GradientTransformationExtraArgs | None
+    descent: Descent
     rounding: Rounding
     state: Any
     params: optax.Params
@@ -49,7 +49,7 @@ class Path:
         if not passes.sees_one_loss:
             descent_grad_fn = _gradient_of(passes.descent, passes.averaged_over)
         extra_args |= {"ascent_gradient": g, "descent_grad_fn": descent_grad_fn}
-        if isinstance(self.descent, Descent) and self.descent.for_ascent is not None:
+        if self.descent.for_ascent is not None:
             extra_args |= self.descent.for_ascent(self.state.descent_state)
         return self.ascent.climb(g, self.state.ascent_state, self.params, **extra_args)
 
@@ -101,18 +101,12 @@ class Path:
         return passes.seen._replace(gradient=g)
 
     def loss_for_descent(self, there: Pass) -> Any:
-        """The loss of a pass for the descent, or None.
-
-        A plain transformation does not say that it uses none, so it is given one.
-        """
-        if self.descent is None:
-            return None
-        if isinstance(self.descent, Descent):
-            if not self.descent.uses_loss:
-                return None
+        """The loss of a pass for the descent, or None if it uses none."""
+        if self.descent.uses_loss:
             _check_has_loss(there)
-        loss = there.loss
-        return None if loss is None else _tree.at_least_float32(jnp.asarray(loss))
+        if self.descent.uses_loss is False or there.loss is None:
+            return None
+        return _tree.at_least_float32(jnp.asarray(there.loss))
 
     def descent_step(
         self,
@@ -126,16 +120,13 @@ class Path:
 
         g is that of the examples that the step descends on.
         """
-        descent_gradient = _tree.at_least_float32(there.descent_gradient)
-        if self.descent is None:
-            return descent_gradient, self.state.descent_state
         extra_args = self._shared_args(passes, passes.descent, group)
         # The same function shows that both gradients see the same examples.
         ascent_grad_fn = None
         if not passes.sees_one_loss:
             ascent_grad_fn = _gradient_of(passes.ascent, passes.averaged_over)
         return self.descent.update(
-            descent_gradient,
+            _tree.at_least_float32(there.descent_gradient),
             self.state.descent_state,
             self.params,
             ascent_gradient=_tree.at_least_float32(g),
@@ -154,7 +145,7 @@ class Path:
         g_descent = self.compared_gradient(g, passes)
         there = self.evaluate(passes, perturbation, group)
         d, state = self.descent_step(there, g_descent, passes, perturbation, group)
-        if self._averages_state():
+        if self.descent.averages_state:
             there = there._replace(state_floats=_floats(state))
         return d, there
 
@@ -162,16 +153,13 @@ class Path:
         self, state: optax.OptState, there: AtPerturbed
     ) -> optax.OptState:
         """The descent's state, with the means over groups where it asks for them."""
-        if not self._averages_state():
+        if not self.descent.averages_state:
             return state
         leaves, structure = jax.tree.flatten(state)
         means = iter(there.state_floats)
         return structure.unflatten(
             [next(means) if _tree.is_inexact(x) else x for x in leaves]
         )
-
-    def _averages_state(self) -> bool:
-        return isinstance(self.descent, Descent) and self.descent.averages_state
 
     def with_gradient(
         self, g: optax.Updates, grad_fn: Any, group: Any = None

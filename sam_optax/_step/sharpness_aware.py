@@ -15,7 +15,7 @@ from sam_optax._parts import (
     Ascent,
     Cadence,
     as_ascent,
-    compares,
+    as_descent,
     every_step,
     follow,
 )
@@ -166,8 +166,8 @@ def sharpness_aware(
     recipe = Recipe(ascent, descent, cadence, mask, guard, stochastic_rounding)
     ascent = as_ascent(ascent) if mask is None else restrict(ascent, mask)
     cadence = every_step() if cadence is None else cadence
-    something_compares = compares(descent) or not cadence.forgets
-    descent = None if descent is None else optax.with_extra_args_support(descent)
+    descent = as_descent(descent)
+    something_compares = descent.compares or not cadence.forgets
     rounding = Rounding(stochastic_rounding)
     was_tried: list[bool] = []
 
@@ -180,7 +180,7 @@ def sharpness_aware(
             warn_if_descends(recipe.ascent)
         return SharpnessAwareState(
             ascent_state=ascent.init(params),
-            descent_state=(descent or optax.identity()).init(params),
+            descent_state=descent.init(params),
             cadence_state=cadence.init(params),
             rounding_key=rounding.init(),
         )
