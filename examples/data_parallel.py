@@ -85,6 +85,8 @@ def train(m: int | None) -> float:
                 jax.make_array_from_process_local_data(sharded, a) for a in local
             )
             params, opt_state, loss = step(params, opt_state, images, labels)
+            # Simulated devices of one CPU can block each other if steps run at once.
+            jax.block_until_ready(loss)
             if jax.process_index() == 0 and number % 50 == 0:
                 print(f"step {number:3d}: loss {loss:.3f}", flush=True)
 

@@ -82,7 +82,7 @@ def scheduled(
         step = jnp.zeros((), jnp.int32)
         return ScheduledState(step, part_at(step).init(params))
 
-    def climb_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+    def climb_fn(updates: Any, state: Any, params: Any = None, /, **extra_args: Any):
         step, inner = state
         part = part_at(step)
         updates, inner, finite = part.climb(updates, inner, params, **extra_args)

@@ -125,7 +125,7 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
     def init_fn(params):
         return whole.init(masked(resolve_mask(mask, params), params))
 
-    def climb_fn(updates, state, params=None, **extra_args):
+    def climb_fn(updates, state, params=None, /, **extra_args):
         require_params(params, "An ascent with a mask")
         tree = resolve_mask(mask, params)
         perturbation, state, finite = whole.climb(
@@ -151,7 +151,6 @@ def restrict(ascent: optax.GradientTransformation, mask: Mask) -> Ascent:
         climb_fn,
         follow=follow_fn if whole.follow else None,
         uses_gradient=whole.uses_gradient,
-        reads_gradient=whole.reads_gradient,
     )
 
 

@@ -62,7 +62,7 @@ class Ascent(optax.GradientTransformationExtraArgs):
     ) -> "Ascent":
         follow = facts.get("follow")
 
-        def update_fn(updates, state, params=None, **extra_args):
+        def update_fn(updates, state, params=None, /, **extra_args):
             _note(follow)
             perturbation, state, _ = climb(updates, state, params, **extra_args)
             return perturbation, state
@@ -177,7 +177,7 @@ def reading_gradient(part: optax.GradientTransformation) -> Ascent:
     Cost: the gradient at w, on each step.
     """
     check_transformation("part", part)
-    return Ascent.of(part, reads_gradient=True)
+    return Ascent.of(as_ascent(part), reads_gradient=True)
 
 
 def _one_after_another(first: Follow | None, second: Follow | None) -> Follow | None:
@@ -198,7 +198,7 @@ def _note(follow: Follow | None) -> None:
         followers.append(follow)
 
 
-def _with_followers(update: Callable[..., Any], *args: Any, **extra_args: Any):
+def _with_followers(update: Callable[..., Any], /, *args: Any, **extra_args: Any):
     """What an update returns, and the functions of the ascents in it that follow d."""
     followers: list[Follow] = []
     token = _followers.set(followers)
@@ -216,7 +216,7 @@ def _climb_of(part: optax.GradientTransformation, *, follows: bool) -> Climb:
     """
     update = optax.with_extra_args_support(part).update
 
-    def climb(g, state, params=None, **extra_args):
+    def climb(g, state, params=None, /, **extra_args):
         (perturbation, state), followers = _with_followers(
             update, g, state, params, **extra_args
         )
@@ -247,8 +247,8 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
 
     Args:
       parts: transformations, each of which receives the output of the one before. A
-        transformation that is not ours, before the first norm, costs the guard a look
-        at g, because what is not finite need not pass through it.
+        part before the first norm that can hide what is not finite, such as
+        `optax.clip`, costs the guard a look at g.
 
     Returns:
       An ascent for `sharpness_aware`.
@@ -262,10 +262,12 @@ def chain(*parts: optax.GradientTransformation) -> Ascent:
     def init_fn(params: optax.Params) -> optax.OptState:
         return tuple(part.init(params) for part in ascents)
 
-    def climb_fn(updates, state, params=None, **extra_args):
+    def climb_fn(updates, state, params=None, /, **extra_args):
         finite, shows, states = None, True, []
         for part, own in zip(ascents, state, strict=True):
             updates, own, found = part.climb(updates, own, params, **extra_args)
+            if not part.uses_gradient:
+                finite = None  # of what this part has dropped
             finite = found if finite is None and shows else finite
             shows = part.shows_nonfinite and (
                 shows if part.uses_gradient else part is ascents[0]
@@ -345,6 +347,9 @@ def ignoring_gradient(descent: optax.GradientTransformation) -> Descent:
     Returns:
       A descent for `sharpness_aware`.
 
+    Raises:
+      ValueError: if it is a descent of this library that compares gᵃ with g.
+
     Examples:
       Momentum-SAM with a descent that shortens gᵃ where ε is long:
 
@@ -361,8 +366,14 @@ def ignoring_gradient(descent: optax.GradientTransformation) -> Descent:
     Cost: one gradient less on each step, with an ascent that makes no use of g.
     """
     check_transformation("descent", descent)
-    known: Any = vars(as_descent(descent)) | {"compares": False}
-    return Descent.of(descent, **known)
+    known = as_descent(descent)
+    if known.compares and known.uses_loss is not None:
+        raise ValueError(
+            "This descent compares gᵃ with g, as descents.gsam and descents.blend do, "
+            "and cannot ignore g."
+        )
+    facts: Any = vars(known) | {"compares": False}
+    return Descent.of(descent, **facts)
 
 
 class Cadence(NamedTuple):

@@ -18,6 +18,7 @@ from lab import (
     train,
 )
 from methods import TABLE
+from sam_optax._masks import restrict
 from sam_optax._parts import as_ascent, follow
 
 
@@ -178,6 +179,9 @@ SHOWING = {
     "drop_and_grow": ASCENTS.drop_and_grow(0.9),
     "with_state_dtype": ASCENTS.with_state_dtype(ASCENTS.subtract_ema()),
     "by_label": ASCENTS.by_label({"all": ASCENTS.follow_ema()}, "all"),
+    "scale_by_leaf_norm": ASCENTS.scale_by_leaf_norm(),
+    "project_on_full_gradient": ASCENTS.project_on_full_gradient(),
+    "subtract_projection": ASCENTS.subtract_projection_on_full_gradient(),
     "against_momentum": ASCENTS.against_momentum(optax.constant_schedule(0.9)),
     "given_direction": ASCENTS.given_direction(),
     "chain": ASCENTS.chain(ASCENTS.scale_by_magnitude(), ASCENTS.subtract_ema()),
@@ -199,10 +203,40 @@ def test_what_a_part_says_that_it_shows_is_not_finite_behind_it(name):
             assert not np.isfinite(u["a"][2])
 
 
+@pytest.mark.parametrize(
+    "hiding",
+    [
+        ASCENTS.chain(optax.clip(1.0)),
+        ASCENTS.by_label({"all": optax.clip(1.0)}, "all"),
+        ASCENTS.with_state_dtype(optax.clip(1.0)),
+        ASCENTS.by_label(
+            {"a": ASCENTS.given_direction(), "b": ASCENTS.scale_by_magnitude()},
+            {"a": "a", "b": "b"},
+        ),
+    ],
+)
+def test_a_part_that_hides_what_is_not_finite_is_known_to(hiding):
+    assert not hiding.shows_nonfinite
+    chain = ASCENTS.chain(ASCENTS.subtract_ema(), hiding, ASCENTS.sam())
+    w = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    *_, found = chain.climb(w, chain.init(w), w, direction=w)
+    assert found is None
+
+
+def test_a_norm_does_not_tell_of_a_direction_that_comes_after_it():
+    chain = ASCENTS.chain(ASCENTS.sam(), ASCENTS.given_direction())
+    sam, w = sam_optax.sharpness_aware(chain), jnp.ones(2)
+    bad = jnp.array([jnp.nan, 1.0])
+    d, _ = sam.update(w, sam.init(w), w, grad_fn=jax.nn.relu, direction=bad)
+    assert np.isnan(d).all()
+
+
 def test_a_mask_lets_the_norm_tell_the_guard_of_what_it_leaves():
     w = {"a": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
     sam = sam_optax.sharpness_aware(ASCENTS.fsam(0.1), mask={"a": True, "b": False})
     _, state = sam.update(w, sam.init(w), w, grad_fn=lambda p: p)
+    ascent = restrict(ASCENTS.fsam(0.1), {"a": True, "b": False})
+    assert ascent.climb(w, ascent.init(w), w)[2]
     for leaf, is_seen in (("a", True), ("b", False)):
         g = w | {leaf: w[leaf].at[0].set(jnp.nan)}
         d, after = sam.update(g, state, w, grad_fn=lambda p: p)

@@ -218,6 +218,36 @@ def test_a_part_that_is_wrapped_by_ours_is_still_known_to_read_g():
         ascents.with_state_dtype(fisher),
         ascents.chain(fisher),
         ascents.following(fisher, None),
+        ascents.ascend_repeatedly(fisher, 2),
     ):
         assert part.reads_gradient
         assert ascents.chain(ascents.given_direction(), part).uses_gradient
+
+
+@pytest.mark.parametrize("name", ["g", "u", "update", "own", "w", "climb", "part"])
+def test_an_extra_argument_may_have_any_name_that_is_not_the_steps(name):
+    w = jnp.array([3.0, 4.0])
+    for make in (sam_optax.fsam, sam_optax.msam, sam_optax.esam, sam_optax.gsam):
+        sam = make(rho=optax.constant_schedule(0.1), mask=lambda w: True)
+        sam.update(w, sam.init(w), w, grad_fn=lambda w: w, **{name: 1})
+
+
+def test_a_descent_of_ours_that_compares_cannot_ignore_g():
+    with pytest.raises(ValueError, match=r"compares gᵃ with g, as descents\.gsam"):
+        descents.ignoring_gradient(descents.gsam())
+
+
+@pytest.mark.parametrize("ascend", [False, np.bool_(False), np.array(False)])
+def test_outside_of_jit_a_step_that_does_not_ascend_asks_for_no_gradient(ascend):
+    points = []
+    for sam in (sam_optax.sam(), sam_optax.look_sam(k=2), sam_optax.late_sam(0.1, 3)):
+        w = jnp.ones(2)
+        sam.update(w, sam.init(w), w, grad_fn=points.append, ascend=ascend)
+    assert not points
+    every_second, w = sam_optax.sam_every_k(0.1, k=2), jnp.ones(2)
+    state = every_second.init(w)
+    for _ in range(4):
+        _, state = every_second.update(
+            w, state, w, grad_fn=lambda w: points.append(w) or w
+        )
+    assert len(points) == 2

@@ -108,6 +108,10 @@ def test_sam_may_be_in_a_chain_of_chains_and_beside_other_states():
         optax.chain(optax.contrib.normalize(), optax.sgd(0.1)),
         optax.chain(sam_optax.ascents.sam(), optax.scale(-1.0)),
         sam_optax.ascents.ascend_repeatedly(optax.sgd(0.1), 2),
+        sam_optax.ascents.with_state_dtype(optax.sgd(0.1)),
+        sam_optax.ascents.by_label({"all": optax.sgd(0.1)}, lambda w: "all"),
+        sam_optax.ascents.reading_gradient(optax.sgd(0.1)),
+        sam_optax.ascents.following(optax.sgd(0.1), None),
         optax.chain(
             sam_optax.ascents.scale_by_inverse_root_fisher(), optax.scale(-1.0)
         ),

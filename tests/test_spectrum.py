@@ -11,6 +11,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from sam_optax import sharpness
+from sam_optax.sharpness import _estimate, _spectrum
 from sharpness_problem import (
     EXAMPLES,
     dense,
@@ -176,7 +177,7 @@ def test_lanczos_goes_on_where_it_would_divide_by_zero(dtype, factor):
 def test_lanczos_is_right_where_a_matrix_has_few_different_eigenvalues(
     size, count, dtype
 ):
-    """c·I + a matrix of rank one, of which the basis soon spans all but nothing new."""
+    """c·I + a matrix of rank one, whose Krylov spaces have two dimensions at most."""
     u = np.ones(size, dtype) / size**0.5
 
     def loss(w, x):
@@ -198,6 +199,48 @@ def test_lanczos_is_right_where_a_matrix_has_few_different_eigenvalues(
     assert density.nodes.min() > 0.1 - tolerance
     assert density.nodes.max() < 2.1 + tolerance
     np.testing.assert_allclose(density.weights.sum(axis=1), 1, rtol=tolerance)
+
+
+def test_the_basis_of_lanczos_is_orthonormal_where_little_is_left_of_a_product():
+    values = np.logspace(0, -6, 40, dtype=np.float32)
+    start = jax.random.normal(jax.random.key(0), (40,), jnp.float32)
+    A = diagonal(jnp.asarray(values), jnp.zeros(40, jnp.float32))
+    found = _spectrum._tridiagonalise(A, start, 40)
+    np.testing.assert_allclose(found.basis @ found.basis.T, np.eye(40), atol=2e-6)
+    double = found.basis.astype(np.float64)
+    exact = double @ (np.diag(values) @ double.T)
+    np.testing.assert_allclose(found.scale * found.small, exact, atol=2e-6)
+    identity = diagonal(jnp.ones(4, jnp.float32), jnp.zeros(4, jnp.float32))
+    small = _spectrum._tridiagonalise(identity, start[:4], 4).small
+    np.testing.assert_array_equal(small - np.diag(np.diag(small)), 0)
+
+
+def test_an_eigenvalue_has_a_derivative_where_the_residual_is_zero():
+    def largest(factor):
+        H = sharpness.hessian(
+            lambda w, x: jnp.sum(jnp.array([1.0, 2.0, 3.0]) * w**2) * jnp.mean(x),
+            jnp.zeros(3),
+            jnp.full(1, factor),
+        )
+        return sharpness.eigenpairs(H, num_matvecs=3).values[0]
+
+    assert float(jax.grad(largest)(2.0)) == pytest.approx(6.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [49.0, 5e37, 3e-38])
+def test_equal_samples_have_that_mean_and_no_error(value):
+    found = _estimate.estimate_over_keys(
+        lambda key: jnp.float32(value), jax.random.key(0), 10
+    )
+    assert float(found.mean) == pytest.approx(value, rel=3e-7)
+    assert found.standard_error == 0
+
+
+def test_an_infinite_sample_makes_an_infinite_mean():
+    def sample(key):
+        return jnp.where(jax.random.uniform(key) < 2, jnp.inf, 0.0)
+
+    assert _estimate.estimate_over_keys(sample, jax.random.key(0), 3).mean == jnp.inf
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])

@@ -79,8 +79,8 @@ def _check_place(opt_state: Any) -> None:
                 f"The SAM transformation is inside of {wrapper}, which computes with "
                 "the gradients before SAM sees them. "
                 + (
-                    "On which steps SAM ascends is said by its cadence, such as "
-                    "sam_optax.late_sam or cadences.after, or by ascend=. "
+                    "Its cadence says on which steps SAM ascends, such as that of "
+                    "sam_optax.late_sam or cadences.after; or pass ascend=. "
                     if is_conditional
                     else "Put the wrapper around the base optimizer alone, "
                     f"optax.chain(sam, {wrapper}(base, ...)). "

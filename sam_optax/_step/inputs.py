@@ -140,7 +140,7 @@ def check_comparable(passes: Choice, descent: Descent, cadence: Cadence) -> None
     """Refuses to compare gradients of different examples."""
     if passes.comparable or (not descent.compares and cadence.forgets):
         return
-    is_plain = descent.uses_loss is None
+    is_plain = descent.compares and descent.uses_loss is None
     remedy = (
         " If your own descent makes no use of ascent_gradient=, say so by "
         "descents.ignoring_gradient(...)."

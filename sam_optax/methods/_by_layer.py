@@ -90,7 +90,7 @@ def scale_by_leaf_norm(
 
         return optax.stateless(rescale)
 
-    return scheduled(part, eta=eta)
+    return Ascent.of(scheduled(part, eta=eta), shows_nonfinite=True)
 
 
 def _scale_leaves(
@@ -278,6 +278,8 @@ def by_label(
         follow=follow_fn if any(ascent.follow for ascent in each) else None,
         uses_gradient=any(ascent.uses_gradient for ascent in each),
         reads_gradient=any(ascent.reads_gradient for ascent in each),
-        shows_nonfinite=all(ascent.shows_nonfinite for ascent in each),
+        # A label that drops g hides its leaves of it.
+        shows_nonfinite=all(ascent.shows_nonfinite for ascent in each)
+        and len({ascent.uses_gradient for ascent in each}) == 1,
         may_descend=any(ascent.may_descend for ascent in each),
     )

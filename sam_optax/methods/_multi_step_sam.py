@@ -67,7 +67,12 @@ def ascend_repeatedly(
         return perturbation, new_state
 
     repeated = optax.GradientTransformationExtraArgs(single.init, update_fn)
-    return Ascent.of(repeated, follow=single.follow, may_descend=single.may_descend)
+    return Ascent.of(
+        repeated,
+        follow=single.follow,
+        reads_gradient=single.reads_gradient,
+        may_descend=single.may_descend,
+    )
 
 
 @record(

@@ -69,7 +69,7 @@ def _part_of(
 
         return optax.GradientTransformationExtraArgs(start_ema, update_fn)
 
-    return scheduled(part, decay=decay)
+    return Ascent.of(scheduled(part, decay=decay), shows_nonfinite=True)
 
 
 def sam_full_ascent(

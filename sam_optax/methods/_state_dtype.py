@@ -105,7 +105,7 @@ def with_state_dtype(
             ),
         )
 
-    def climb_fn(updates, state, params=None, **extra_args):
+    def climb_fn(updates, state, params=None, /, **extra_args):
         require_params(params, "with_state_dtype")
         key, key_data = keys.next(state.narrow_key)
         wide = widen(state.narrow_state, params)

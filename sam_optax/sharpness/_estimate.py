@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam_optax import _tree
 from sam_optax._checks import check_positive_integer
 from sam_optax.sharpness._printing import describe
 
@@ -39,8 +38,10 @@ def estimate_over_keys(
 ) -> Estimate:
     """The mean and standard error of sample(key) over `count` keys, one at a time."""
     values = jax.lax.map(sample, jax.random.split(key, count))
-    # The squares of very large or small samples would overflow or underflow.
-    scale = jnp.max(jnp.abs(values))
-    scaled = values * _tree.reciprocal_or_zero(scale)
+    # The squares of very large or small samples would overflow or underflow. A power of
+    # two loses no digits.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(values)))
+    exponent = jnp.where(jnp.isfinite(values).all(), exponent, 0)
+    scaled = jnp.ldexp(values, -exponent)
     error = scaled.std(ddof=1) / jnp.sqrt(count)
-    return Estimate(scale * scaled.mean(), scale * error)
+    return Estimate(jnp.ldexp(scaled.mean(), exponent), jnp.ldexp(error, exponent))

@@ -320,7 +320,7 @@ def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Trid
 
     matfree's would divide by what a product adds to the basis, and that is nothing but
     rounding errors once the basis spans an invariant subspace, which for a multiple of
-    the identity is after one product. Here a random direction takes its place, which is
+    the identity is after one product. Here the next direction is then a random one,
     orthogonal to all that came before.
     """
     multiply, _, _ = _flat(matrix)
@@ -334,8 +334,12 @@ def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Trid
     def orthogonal(v, basis):
         return v - jnp.matmul(basis.T, jnp.matmul(basis, v))
 
+    def norm(v):
+        square = jnp.vdot(v, v)  # the derivative of the root would be infinite at zero
+        return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+
     def unit(v):
-        return v / jnp.linalg.vector_norm(v)
+        return v / norm(v)
 
     def step(i, carry):
         basis, diagonal, off_diagonal, v = carry
@@ -343,12 +347,13 @@ def _tridiagonalise(matrix: Matrix, start: jax.Array, num_matvecs: int) -> _Trid
         with jax.default_matmul_precision(of_caller):
             product = multiply(v) * shrink
         rest = orthogonal(orthogonal(product, basis), basis)
-        length = jnp.linalg.vector_norm(rest)
-        rounding = 4 * jnp.finfo(v.dtype).eps * jnp.linalg.vector_norm(product)
+        length = norm(rest)
+        rounding = 4 * jnp.finfo(v.dtype).eps * norm(product)
         adds_nothing = length <= rounding
         noise_key = jax.random.fold_in(jax.random.key(0), i)
         noise = jax.random.normal(noise_key, v.shape, v.dtype)
-        following = jnp.where(adds_nothing, noise, rest / length)
+        rest = rest / jnp.where(adds_nothing, 1, length)
+        following = jnp.where(adds_nothing, noise, rest)
         for _ in range(2):  # once would leave rounding errors where little is left
             following = unit(orthogonal(following, basis))
         diagonal = diagonal.at[i].set(jnp.vdot(v, product))
