@@ -62,7 +62,7 @@ class Ascent(optax.GradientTransformationExtraArgs):
     ) -> "Ascent":
         follow = facts.get("follow")
 
-        def update_fn(updates, state, params=None, /, **extra_args):
+        def update_fn(updates, state, params=None, **extra_args):
             _note(follow)
             perturbation, state, _ = climb(updates, state, params, **extra_args)
             return perturbation, state
