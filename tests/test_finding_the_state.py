@@ -103,11 +103,11 @@ def test_optax_can_map_over_what_the_state_holds_of_the_parameters(name):
     [
         (
             lambda tx: optax.conditionally_transform(tx, lambda step: step > 2),
-            r"optax.conditionally_transform, .*its cadence, such as .*late_sam",
+            r"optax.conditionally_transform, .*cadence says .*late_sam",
         ),
         (
             lambda tx: optax.conditionally_mask(tx, lambda step: step > 2),
-            r"optax.conditionally_mask, .*its cadence, such as .*late_sam",
+            r"optax.conditionally_mask, .*cadence says .*late_sam",
         ),
         (
             lambda tx: optax.contrib.mechanize(tx),
