@@ -353,13 +353,16 @@ def rank(entry: Entry, run: dict[str, Any]) -> tuple[float, float]:
 def draw_points(title: str, groups: dict[str, Runs], key: str, unit: float, axes):
     """Mean and standard error of each method; those that lie together share a label."""
     labels: dict[tuple[float, float], list[str]] = {}
+    close = 0.06 * np.ptp([np.mean(group.column("test")) for group in groups.values()])
     for name, group in groups.items():
         accuracy, cost = group.column("test"), np.mean(group.column(key)) / unit
         error = np.std(accuracy) / max(len(accuracy) - 1, 1) ** 0.5
         mean = float(np.mean(accuracy))
         colour = colour_of(name)
         axes.errorbar(cost, mean, error, color=colour, marker="o", ms=4)
-        near = [p for p in labels if abs(p[0] - cost) < 0.2 and abs(p[1] - mean) < 0.7]
+        near = [
+            p for p in labels if abs(p[0] - cost) < 0.2 and abs(p[1] - mean) < close
+        ]
         labels.setdefault(near[0] if near else (cost, mean), []).append(name)
     for place, names in labels.items():
         is_left = not LABELLED_ON_THE_LEFT.isdisjoint(names)
